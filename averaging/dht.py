@@ -1,0 +1,61 @@
+"""The DHT node: hivemind's, in a child process that doesn't outlive us, with a persistent identity."""
+
+import averaging.fork  # noqa: F401
+
+# isort: split
+import asyncio.subprocess
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import hivemind
+from hivemind.dht.validation import RecordValidatorBase
+from hivemind.p2p import P2P
+from hivemind.proto import crypto_pb2
+from hivemind.utils.crypto import RSAPrivateKey
+
+from averaging.process import die_with_parent
+
+
+class DHT(hivemind.DHT):  # type: ignore[misc]  # hivemind is untyped
+    """hivemind.DHT whose process and libp2p daemon die with their parents (stock ones stay behind)."""
+
+    def run(self) -> None:
+        """The child's main: as hivemind's, after tying our life, and p2pd's, to the parent's."""
+        die_with_parent(self._parent_pid)
+        # P2P.create offers no hook for its subprocess, and this process does nothing but serve hivemind
+        asyncio.subprocess.create_subprocess_exec = partial(
+            asyncio.subprocess.create_subprocess_exec, preexec_fn=die_with_parent)
+        super().run()
+
+
+def start_dht(*, identity_path: Path, host_maddrs: Sequence[str], initial_peers: Sequence[str] = (),
+              announce_maddrs: Sequence[str] = (), record_validators: Sequence[RecordValidatorBase] = (),
+              client_mode: bool = False, startup_timeout: float = 30.0) -> DHT:
+    """Start a DHT node and wait until it serves; call from the main thread, before CUDA, gRPC or threads.
+
+    `identity_path` holds the libp2p key that fixes the peer id (`open_identity` makes it). `client_mode`: accept no
+    incoming connections. Raises hivemind's P2PDaemonError when the daemon can't start or no initial peer
+    answers, TimeoutError after `startup_timeout` seconds; the child is gone then.
+    """
+    dht = DHT(initial_peers=list(initial_peers) or None, host_maddrs=list(host_maddrs),
+              announce_maddrs=list(announce_maddrs) or None, identity_path=str(identity_path),
+              record_validators=list(record_validators), client_mode=client_mode, check_if_identity_free=False,
+              startup_timeout=startup_timeout, shutdown_timeout=1.0, start=False)
+    try:
+        dht.run_in_background(await_ready=True, timeout=startup_timeout)
+    except BaseException:
+        dht.kill()
+        dht.join()
+        raise
+    return dht
+
+
+def open_identity(identity_path: Path) -> RSAPrivateKey:
+    """The private key behind the peer id, made on first use. It signs this peer's records as well."""
+    if not identity_path.exists():
+        P2P.generate_identity(str(identity_path))
+    stored = crypto_pb2.PrivateKey.FromString(identity_path.read_bytes())
+    key = RSAPrivateKey.__new__(RSAPrivateKey)
+    key.__setstate__({"_private_key": stored.data})
+    return key

@@ -1,0 +1,87 @@
+"""Progress records in the DHT: signed by their owner, checked against a schema, read by everyone."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import pydantic.v1 as pydantic  # hivemind's SchemaValidator takes no other
+from hivemind.dht import DHT
+from hivemind.dht.crypto import RSASignatureValidator
+from hivemind.dht.schema import BytesWithPublicKey, SchemaValidator
+from hivemind.dht.validation import RecordValidatorBase
+from hivemind.optim.progress_tracker import TrainingProgressSchema
+from hivemind.utils import ValueWithExpiration, get_dht_time
+from hivemind.utils.crypto import RSAPrivateKey
+
+from averaging.records import PEER_STATES, PeerRecord, Rounds
+
+count = pydantic.conint(strict=True, ge=0, lt=2**63)
+amount = pydantic.confloat(strict=True, ge=0, lt=1e18)
+text = pydantic.constr(strict=True, max_length=64)
+state = pydantic.constr(strict=True, regex=f"^({'|'.join(PEER_STATES)})$")
+
+
+class RoundsSchema(pydantic.BaseModel):
+    """averaging.records.Rounds on the wire."""
+
+    averaged: count  # type: ignore[valid-type]
+    failed: count  # type: ignore[valid-type]
+    alone: count  # type: ignore[valid-type]
+
+
+class RecordSchema(pydantic.BaseModel):
+    """averaging.records.PeerRecord on the wire: strict types, bounded sizes."""
+
+    peer_id: text  # type: ignore[valid-type]
+    name: text  # type: ignore[valid-type]
+    state: state  # type: ignore[valid-type]
+    epoch: count  # type: ignore[valid-type]
+    samples_accumulated: count  # type: ignore[valid-type]
+    samples_total: count  # type: ignore[valid-type]
+    samples_per_second: amount  # type: ignore[valid-type]
+    loss: pydantic.confloat(strict=True, gt=-1e18, lt=1e18) | None  # type: ignore[valid-type]
+    group_size: count  # type: ignore[valid-type]
+    version: text  # type: ignore[valid-type]
+    device: text  # type: ignore[valid-type]
+    client_mode: pydantic.StrictBool
+    time: amount  # type: ignore[valid-type]
+    gradient_rounds: RoundsSchema
+    state_rounds: RoundsSchema
+
+
+class PeersSchema(pydantic.BaseModel):
+    """The dictionary under `{run_id}_peers`: a record per public key."""
+
+    peers: dict[BytesWithPublicKey, RecordSchema]
+
+
+def record_validators(run_id: str, key: RSAPrivateKey) -> list[RecordValidatorBase]:
+    """What every node of the experiment's DHT checks before it stores: schemas and signatures, under `key`."""
+    return [SchemaValidator(PeersSchema, prefix=run_id), SchemaValidator(TrainingProgressSchema, prefix=run_id),
+            RSASignatureValidator(key)]
+
+
+def publish_record(dht: DHT, run_id: str, key: RSAPrivateKey, record: PeerRecord, *, lifetime_seconds: float) -> None:
+    """Store this peer's record, to be forgotten after `lifetime_seconds`; returns without waiting for the network."""
+    dht.store(f"{run_id}_peers", subkey=RSASignatureValidator(key).local_public_key, value=asdict(record),
+              expiration_time=get_dht_time() + lifetime_seconds, return_future=True)
+
+
+def read_records(dht: DHT, run_id: str, *, timeout: float = 5.0) -> list[PeerRecord]:
+    """Every live record of the experiment. Malformed ones are left out; raises TimeoutError after `timeout` seconds."""
+    found = dht.get(f"{run_id}_peers", latest=True, return_future=True).result(timeout=timeout)
+    if found is None or not isinstance(found.value, dict):
+        return []
+    return _parse(found.value.values())
+
+
+def _parse(values: Iterable[ValueWithExpiration[Any]]) -> list[PeerRecord]:
+    records = []
+    for value in values:
+        try:
+            fields = RecordSchema.parse_obj(value.value).dict()
+        except pydantic.ValidationError:  # from a node that validates less than we do
+            continue
+        fields |= {kind: Rounds(**fields[kind]) for kind in ("gradient_rounds", "state_rounds")}
+        records.append(PeerRecord(**fields))
+    return records

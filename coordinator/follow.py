@@ -1,0 +1,54 @@
+"""Following the swarm: reading the records about once a second, and logging what changed."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+
+from averaging.records import PeerRecord
+from coordinator.swarm import SwarmState, observe
+
+logger = logging.getLogger("covey.coordinator")
+
+
+class SwarmFollower:
+    """Keeps `state`, the newest state of the swarm.
+
+    `read` returns the records or raises, and may block: it runs in a thread. `clock` gives Unix seconds. A
+    reading that fails leaves the state as it was, with its time.
+    """
+
+    def __init__(self, read: Callable[[], Iterable[PeerRecord]], *, stale_seconds: float,
+                 clock: Callable[[], float] = time.time) -> None:
+        self.state = SwarmState()
+        self.readable = True
+        self._read, self._stale_seconds, self._clock = read, stale_seconds, clock
+
+    async def refresh(self) -> None:
+        """Read once."""
+        try:
+            records = await asyncio.to_thread(self._read)
+        except Exception as error:  # whatever it is, training goes on, and so do we
+            if self.readable:
+                logger.warning("can't read the peers' records: %s", str(error) or type(error).__name__)
+            self.readable = False
+            return
+        if not self.readable:
+            logger.warning("the peers' records can be read again")
+        self.readable = True
+        before, self.state = self.state, observe(self.state, records, self._clock(),
+                                                 stale_seconds=self._stale_seconds)
+        _log_changes(before, self.state)
+
+
+def _log_changes(before: SwarmState, state: SwarmState) -> None:
+    peers = f"{len(state.peers)} peer{'' if len(state.peers) == 1 else 's'}"
+    for peer_id in state.peers.keys() - before.peers.keys():
+        logger.info("%r joined (%s): %s", state.peers[peer_id].record.name, peer_id, peers)
+    for peer_id in before.peers.keys() - state.peers.keys():
+        record = before.peers[peer_id].record
+        how = "left" if record.state == "leaving" else "was lost"
+        logger.info("%r %s (%s): %s", record.name, how, peer_id, peers)
+    if state.epoch != before.epoch:
+        loss = "unknown" if state.loss is None else f"{state.loss:.4f}"
+        logger.info("epoch %d: %s, loss %s, %.1f samples/s", state.epoch, peers, loss, state.samples_per_second)

@@ -1,0 +1,80 @@
+"""The coordinator's metrics: the swarm's sums, read at every scrape. Rows per peer are JSON, not labels."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from averaging.records import PEER_STATES
+from coordinator.swarm import SwarmState
+from coordinator.view import About, is_fresh
+
+
+class SwarmCollector(Collector):
+    """`state()` as metric families. What changes from moment to moment is absent when the reading is old."""
+
+    def __init__(self, state: Callable[[], SwarmState], about: About, clock: Callable[[], float]) -> None:
+        self.state, self.about, self.clock = state, about, clock
+
+    def collect(self) -> Iterator[Metric]:
+        """One scrape."""
+        state = self.state()
+        yield _gauge("covey_build_info", "The running version.", 1, version=self.about.version)
+        yield _gauge("covey_target_batch_size", "Samples that make a collaborative epoch.",
+                     self.about.target_batch_size)
+        yield from _counters(state)
+        if is_fresh(state, self.clock()):
+            yield from _gauges(state)
+
+
+def coordinator_registry(state: Callable[[], SwarmState], about: About,
+                         clock: Callable[[], float] = time.time) -> CollectorRegistry:
+    """A registry of its own with the swarm's metrics; `clock` gives Unix seconds."""
+    registry = CollectorRegistry()
+    registry.register(SwarmCollector(state, about, clock))
+    return registry
+
+
+def _counters(state: SwarmState) -> Iterator[Metric]:
+    yield CounterMetricFamily("covey_samples_total", "Samples that peers reported as processed.",
+                              value=state.counters.samples)
+    yield CounterMetricFamily("covey_peer_joins_total", "Peers that came, or came back.", value=state.joins)
+    departures = CounterMetricFamily("covey_peer_departures_total", "Peers that left, or were lost.",
+                                     labels=["reason"])
+    departures.add_metric(["left"], state.left)
+    departures.add_metric(["lost"], state.lost)
+    yield departures
+    rounds = CounterMetricFamily("covey_averaging_rounds_total", "Averaging rounds, counted by every member.",
+                                 labels=["kind", "outcome"])
+    tallies = {"gradients": state.counters.gradient_rounds, "state": state.counters.state_rounds}
+    for kind, tally in tallies.items():
+        for outcome, value in asdict(tally).items():
+            rounds.add_metric([kind, outcome], value)
+    yield rounds
+
+
+def _gauges(state: SwarmState) -> Iterator[Metric]:
+    yield _gauge("covey_epoch", "Collaborative epoch: updates of the model so far.", state.epoch)
+    yield _gauge("covey_epoch_samples", "Samples gathered towards the next epoch.", state.epoch_samples)
+    yield _gauge("covey_samples_per_second", "Samples that the swarm processes per second.",
+                 state.samples_per_second)
+    yield _gauge("covey_group_size", "Peers in the largest of the last averaging rounds.", state.group_size)
+    if state.loss is not None:
+        yield _gauge("covey_loss", "Mean training loss of the last finished epoch.", state.loss)
+    present = Counter((peer.record.state, "client" if peer.record.client_mode else "direct")
+                      for peer in state.peers.values())
+    peers = GaugeMetricFamily("covey_peers", "Live peers; clients accept no incoming connections.",
+                              labels=["state", "mode"])
+    for labels in ((name, mode) for name in PEER_STATES for mode in ("direct", "client")):
+        peers.add_metric(labels, present[labels])
+    yield peers
+
+
+def _gauge(name: str, documentation: str, value: float, **labels: str) -> Metric:
+    family = GaugeMetricFamily(name, documentation, labels=list(labels))
+    family.add_metric(list(labels.values()), value)
+    return family

@@ -1,0 +1,134 @@
+"""The swarm as its peers' records tell it: a pure function of the records read so far and the clock.
+
+A record says what its peer believes of itself. It is signed, so nobody else wrote it; that it is true, nobody
+knows. In particular the epoch is the highest that any live peer claims.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass, field
+
+from averaging.records import PeerRecord, Rounds
+
+LEAVING_SECONDS = 10.0  # a peer that said it leaves is gone after this long: leaving takes no longer
+REMEMBERED = 10_000  # peers that are gone and whose counters are kept, for when they come back
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A peer's newest record, and when it was first read (Unix seconds, our clock)."""
+
+    record: PeerRecord
+    heard: float
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What all peers reported since the coordinator started; a peer's restart takes nothing away."""
+
+    samples: int = 0
+    gradient_rounds: Rounds = field(default_factory=Rounds)
+    state_rounds: Rounds = field(default_factory=Rounds)
+
+
+@dataclass(frozen=True)
+class SwarmState:
+    """The swarm at `time` (Unix seconds; 0 before the first reading). `joins - left - lost == len(peers)`."""
+
+    time: float = 0.0
+    peers: Mapping[str, Peer] = field(default_factory=dict)  # live ones by peer id
+    gone: Mapping[str, Peer] = field(default_factory=dict)  # by peer id, the longest gone first
+    counters: Counters = field(default_factory=Counters)
+    joins: int = 0
+    left: int = 0  # departures announced by the peer's last record
+    lost: int = 0  # departures by silence
+    epoch: int = 0  # highest collaborative epoch of the live peers; the last known one while there are none
+
+    @property
+    def epoch_samples(self) -> int:
+        """Samples gathered towards the next epoch, by the peers that will bring them into it."""
+        return sum(record.samples_accumulated for record in self._staying() if record.epoch == self.epoch)
+
+    @property
+    def samples_per_second(self) -> float:
+        """Sum over the peers."""
+        return sum((record.samples_per_second for record in self._staying()), 0.0)
+
+    @property
+    def loss(self) -> float | None:
+        """Mean of the peers' last finished epochs, weighted by samples per second; None before the first."""
+        known = [(record.loss, record.samples_per_second) for record in self._staying()
+                 if record.loss is not None]
+        total = sum(weight for _, weight in known)
+        if total > 0:
+            return sum(loss * (weight / total) for loss, weight in known)
+        return sum(loss for loss, _ in known) / len(known) if known else None
+
+    @property
+    def group_size(self) -> int:
+        """Peers in the largest of the live peers' last averaging rounds; 0 before the first."""
+        return max((peer.record.group_size for peer in self.peers.values()), default=0)
+
+    def _staying(self) -> list[PeerRecord]:
+        return [peer.record for peer in self.peers.values() if peer.record.state != "leaving"]
+
+
+def observe(previous: SwarmState, records: Iterable[PeerRecord], now: float, *,
+            stale_seconds: float) -> SwarmState:
+    """What `previous` becomes when `records` were read from the DHT at `now` (Unix seconds), in any order.
+
+    A peer is live while its newest record was first read at most `stale_seconds` ago. Its own clock counts at
+    first sight only, so that a wrong one does no harm for long. That a record is missing from one reading
+    proves nothing: only silence does. Call it for readings only: who can't read has lost nobody.
+    """
+    peers, gone, counters = dict(previous.peers), dict(previous.gone), previous.counters
+    for record in _newest(records):
+        known = peers.get(record.peer_id) or gone.get(record.peer_id)
+        peer = Peer(record, now if known else min(now, record.time))
+        if _is_news(record, known, now, stale_seconds) and _is_live(peer, now, stale_seconds):
+            peers[record.peer_id] = peer
+            gone.pop(record.peer_id, None)
+            counters = _count(counters, known.record if known else None, record)
+    live = {peer_id: peer for peer_id, peer in sorted(peers.items()) if _is_live(peer, now, stale_seconds)}
+    departed = {peer_id: peer for peer_id, peer in sorted(peers.items()) if peer_id not in live}
+    left = sum(peer.record.state == "leaving" for peer in departed.values())
+    return SwarmState(
+        time=now, peers=live, gone=dict(list({**gone, **departed}.items())[-REMEMBERED:]), counters=counters,
+        joins=previous.joins + len(peers.keys() - previous.peers.keys()),
+        left=previous.left + left, lost=previous.lost + len(departed) - left,
+        epoch=max((peer.record.epoch for peer in live.values()), default=previous.epoch))
+
+
+def _newest(records: Iterable[PeerRecord]) -> list[PeerRecord]:
+    # by content as well, so that of two with one time the same one wins in any order
+    by_age = sorted(records, key=lambda record: (record.time, repr(record)))
+    return sorted({record.peer_id: record for record in by_age}.values(), key=lambda record: record.peer_id)
+
+
+def _is_live(peer: Peer, now: float, stale_seconds: float) -> bool:
+    return now - peer.heard <= (LEAVING_SECONDS if peer.record.state == "leaving" else stale_seconds)
+
+
+def _is_news(record: PeerRecord, known: Peer | None, now: float, stale_seconds: float) -> bool:
+    if known is None:
+        return True
+    # An older one is some node's old copy. Copies last `stale_seconds`: after that, its clock was set back.
+    return record.time > known.record.time or (now - known.heard > stale_seconds and record != known.record)
+
+
+def _count(counters: Counters, before: PeerRecord | None, record: PeerRecord) -> Counters:
+    new = _tallies(record)
+    old = _tallies(before) if before and not _restarted(before, record) else [0] * len(new)
+    so_far = [counters.samples, *astuple(counters.gradient_rounds), *astuple(counters.state_rounds)]
+    samples, *rounds = (total + late - early for total, early, late in zip(so_far, old, new, strict=True))
+    return Counters(samples, Rounds(*rounds[:3]), Rounds(*rounds[3:]))
+
+
+def _restarted(before: PeerRecord, record: PeerRecord) -> bool:
+    # The worker behind `record` is another one than before, and counts from 0.
+    came_back = before.state == "leaving" != record.state
+    then, now = _tallies(before), _tallies(record)
+    return came_back or any(late < early for early, late in zip(then, now, strict=True))
+
+
+def _tallies(record: PeerRecord) -> list[int]:
+    return [record.samples_total, *astuple(record.gradient_rounds), *astuple(record.state_rounds)]

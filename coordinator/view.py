@@ -1,0 +1,51 @@
+"""One view of the swarm for all who look: the gRPC snapshot, the JSON and the page have equal figures."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from coordinator.swarm import Peer, SwarmState
+
+FRESH_SECONDS = 30.0  # older readings tell nothing of the swarm as it is
+
+
+@dataclass(frozen=True)
+class About:
+    """What stays the same while a coordinator runs."""
+
+    run_id: str
+    link: str
+    version: str
+    target_batch_size: int  # samples per collaborative epoch
+    target_group_size: int  # peers per averaging group
+
+
+def is_fresh(state: SwarmState, now: float) -> bool:
+    """Whether `state` still tells what the swarm does at `now` (Unix seconds)."""
+    return now - state.time <= FRESH_SECONDS
+
+
+def view(state: SwarmState, about: About) -> dict[str, Any]:
+    """The fields of `covey.v1.SwarmSnapshot`, by name."""
+    return {
+        "run_id": about.run_id,
+        "time_seconds": state.time,
+        "epoch": state.epoch,
+        "epoch_samples": state.epoch_samples,
+        "target_batch_size": about.target_batch_size,
+        "target_group_size": about.target_group_size,
+        "samples_per_second": state.samples_per_second,
+        "loss": state.loss,
+        "group_size": state.group_size,
+        "samples_total": state.counters.samples,
+        "peers": [_row(peer, state.time) for peer in state.peers.values()],
+        "gradient_rounds": asdict(state.counters.gradient_rounds),
+        "state_rounds": asdict(state.counters.state_rounds),
+        "joins": state.joins,
+        "departures": {"left": state.left, "lost": state.lost},
+    }
+
+
+def _row(peer: Peer, now: float) -> dict[str, Any]:
+    row = asdict(peer.record)
+    del row["time"]  # by its own clock
+    return {**row, "last_seen_seconds": now - peer.heard}

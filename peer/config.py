@@ -1,0 +1,73 @@
+"""What one volunteer decides. Imports no torch."""
+
+from ipaddress import IPv6Address, ip_address
+from pathlib import Path
+
+from pydantic import Field, field_validator
+
+from training.config import Config
+
+
+class PeerConfig(Config):
+    """Options of `covey join`: none changes what is trained, and no two volunteers need agree on one."""
+
+    name: str = Field(
+        min_length=1, max_length=64, description="what this volunteer is called in the swarm's tables; also "
+        "seeds the order of its data and its augmentations")
+    state_dir: Path = Field(
+        description="folder of this peer's identity, checkpoints, log and lock; one peer at a time")
+    data: Path | None = Field(
+        None, description="folder of this volunteer's images; none for an experiment that makes its own")
+    batch_size: int = Field(
+        32, gt=0, description="images per micro-batch: as many as the device's memory takes; what counts for "
+        "training is the swarm's averaging.target_batch_size")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="where to train: auto (a GPU if there "
+        "is one), cpu, mps, cuda or cuda:N")
+    threads: int | None = Field(
+        None, gt=0, description="CPU threads of PyTorch; none leaves the choice to PyTorch: one per core")
+    listen: str = Field(
+        "0.0.0.0", description="IP address to accept other peers' connections at")  # noqa: S104
+    port: int = Field(
+        0, ge=0, le=65535, description="TCP port of libp2p; 0 for any free one")
+    http_port: int = Field(
+        0, ge=0, le=65535, description="TCP port of this peer's /metrics and /healthz, on loopback; 0 for "
+        "any free one")
+    client_mode: bool = Field(
+        False, description="accept no incoming connections, for a volunteer behind a strict firewall; others "
+        "reach it through connections that it opens itself")
+    stop_at_epoch: int | None = Field(
+        None, gt=0, description="leave in good order once this collaborative epoch is reached; none: never")
+    checkpoint_every_epochs: int = Field(
+        10, gt=0, description="collaborative epochs between checkpoints; one more is written when leaving")
+    keep_last_checkpoints: int = Field(
+        3, gt=0, description="older checkpoints than this many are deleted")
+
+    @field_validator("listen")
+    @classmethod
+    def _is_an_address(cls, listen: str) -> str:
+        ip_address(listen)
+        return listen
+
+    @property
+    def host_maddrs(self) -> list[str]:
+        """hivemind's `host_maddrs`: the multiaddresses at which libp2p listens; none in client mode."""
+        if self.client_mode:
+            return []
+        family = "ip6" if isinstance(ip_address(self.listen), IPv6Address) else "ip4"
+        return [f"/{family}/{self.listen}/tcp/{self.port}"]
+
+    @property
+    def identity_path(self) -> Path:
+        """hivemind's `identity_path`: the private key that this peer keeps its id by."""
+        return self.state_dir / "identity.key"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of this peer's checkpoints."""
+        return self.state_dir / "checkpoints"
+
+    @property
+    def log(self) -> Path:
+        """What the worker and its children print."""
+        return self.state_dir / "worker.log"

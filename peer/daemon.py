@@ -1,0 +1,133 @@
+"""A volunteer's daemon: enrols, checks what would go wrong, then supervises the worker. Never imports torch."""
+
+import asyncio
+import os
+import platform
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_state_path
+
+from coordinator.http import serve_http
+from coordinator.link import Link
+from coordinator.ports import free_port
+from coordinator.state_dir import open_state_dir
+from peer.config import PeerConfig
+from peer.control import serve_control, socket_path
+from peer.enrol import Enrolment, enrol
+from peer.http import peer_app
+from peer.job import Job, write_job
+from peer.metrics import PeerMetrics
+from peer.supervisor import Backoff, Ending, Observer, Supervisor
+from proto.peer_pb2 import PeerStatus
+from training.config import validate
+from training.data.folder import check_data
+from training.errors import BadInput
+
+BACKOFF = Backoff()
+HTTP_HOST = "127.0.0.1"
+LEAVE_SECONDS = 7.5  # for the worker; what the daemon closes besides takes the rest of ten
+MOST_PEERS = 64  # of one run on one machine, each in a state directory of its own
+
+
+async def volunteer(link: Link, options: Mapping[str, Any], observer: Observer) -> Ending:
+    """Take part in the experiment behind `link` until told to leave. `options` are PeerConfig's, those given.
+
+    Raises BadInput, leaving nothing behind, for what can be found wrong before the worker starts.
+    """
+    enrolment = await enrol(link, options.get("name") or default_name(1))
+    with prepare(enrolment, options) as job:
+        return await run_job(job, [observer], [sys.executable, "-m", "peer.worker"])
+
+
+@contextmanager
+def prepare(enrolment: Enrolment, options: Mapping[str, Any]) -> Iterator[Job]:
+    """The job, checked and written into its state directory, which is held meanwhile. Raises BadInput."""
+    _check(enrolment, _config(options, Path()))
+    with ExitStack() as held:
+        config = _hold_state_dir(held, enrolment.run_id, options)
+        job = Job(run_id=enrolment.run_id, fingerprint=enrolment.fingerprint, experiment=enrolment.document,
+                  initial_peers=list(enrolment.initial_peers), config=config)
+        write_job(job)
+        yield job
+
+
+def _check(enrolment: Enrolment, config: PeerConfig) -> None:
+    check_data(enrolment.experiment.data, config.data, config.batch_size)
+    free_port(HTTP_HOST, config.http_port, "HTTP")
+    if not config.client_mode:
+        free_port(config.listen, config.port, "libp2p")
+
+
+def _hold_state_dir(held: ExitStack, run_id: str, options: Mapping[str, Any]) -> PeerConfig:
+    if options.get("state_dir"):
+        path = held.enter_context(open_state_dir(options["state_dir"], role="peer", run_id=run_id))
+        return _config(options, path)
+    refused: list[BadInput] = []
+    for number in range(1, MOST_PEERS + 1):
+        try:
+            path = held.enter_context(open_state_dir(default_state_dir(run_id, number), role="peer", run_id=run_id))
+        except BadInput as error:  # held by another peer of this machine
+            refused.append(error)
+        else:
+            return _config({"name": default_name(number), **options}, path)
+    raise refused[0]
+
+
+def default_state_dir(run_id: str, number: int) -> Path:
+    """Where the `number`th peer of a run on this machine keeps its state."""
+    return user_state_path("covey") / (run_id if number == 1 else f"{run_id}.{number}")
+
+
+def default_name(number: int) -> str:
+    """What the `number`th peer of a run on this machine is called."""
+    host = platform.node().partition(".")[0][:56] or "volunteer"
+    return host if number == 1 else f"{host}-{number}"
+
+
+def _config(options: Mapping[str, Any], state_dir: Path) -> PeerConfig:
+    return validate(PeerConfig, {"name": default_name(1), **options, "state_dir": state_dir})
+
+
+async def run_job(job: Job, observers: Sequence[Observer], command: Sequence[str], *,
+                  backoff: Backoff = BACKOFF, leave_seconds: float = LEAVE_SECONDS) -> Ending:
+    """Supervise a worker, `command STATE_DIR ...`, on `job`; serve its metrics and control meanwhile."""
+    config, metrics = job.config, PeerMetrics()
+    status = PeerStatus(name=config.name, run_id=job.run_id, state="starting", daemon_pid=os.getpid(),
+                        state_dir=str(config.state_dir))
+    supervisor = Supervisor(job, [*command, str(config.state_dir)], [metrics, *observers], status,
+                            backoff=backoff, leave_seconds=leave_seconds)
+    with leaving_on_signals(supervisor):
+        async with (serve_http(peer_app(status, metrics.registry), HTTP_HOST, config.http_port) as http_port,
+                    serve_control(supervisor, socket_path(config.state_dir))):
+            status.metrics_url = f"http://{HTTP_HOST}:{http_port}/metrics"
+            return await supervisor.run()
+
+
+@contextmanager
+def leaving_on_signals(supervisor: Supervisor) -> Iterator[None]:
+    """SIGTERM, SIGHUP and the first SIGINT ask to leave; a SIGINT after that, to do so at once."""
+    loop = asyncio.get_running_loop()
+
+    def leave() -> None:
+        supervisor.leave.set()
+
+    def interrupt() -> None:
+        if supervisor.leave.is_set():
+            supervisor.hurry.set()
+        leave()
+
+    handlers = {signal.SIGTERM: leave, signal.SIGINT: interrupt}
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup stays in force
+        handlers[signal.SIGHUP] = leave
+    for number, handler in handlers.items():
+        loop.add_signal_handler(number, handler)
+    try:
+        yield
+    finally:
+        for number in handlers:
+            loop.remove_signal_handler(number)

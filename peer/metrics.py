@@ -1,0 +1,72 @@
+"""A peer's own Prometheus metrics, from its worker's events."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from averaging.version import VERSION
+from proto.peer_pb2 import PeerStatus, WorkerEvent
+
+SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300)
+
+
+class PeerMetrics:
+    """Observes a supervisor (peer/supervisor.py) into `registry`. No label has unbounded values."""
+
+    def __init__(self) -> None:
+        self.registry = to = CollectorRegistry()
+        self._epoch = Gauge("covey_epoch", "Collaborative epoch", registry=to)
+        self._epoch_samples = Gauge(
+            "covey_epoch_samples", "Samples that the swarm has gathered towards the next epoch", registry=to)
+        self._loss = Gauge("covey_loss", "Loss of the last micro-batch", registry=to)
+        self._samples = Counter("covey_samples", "Samples trained on here", registry=to)
+        self._rate = Gauge("covey_samples_per_second", "Samples trained on here per second", registry=to)
+        self._rounds = Counter(
+            "covey_averaging_rounds", "Averaging rounds that ended", ["kind", "outcome"], registry=to)
+        self._duration = Histogram(
+            "covey_averaging_duration_seconds", "From the wish to average to the result", ["kind"],
+            buckets=SECONDS, registry=to)
+        self._group_size = Gauge("covey_group_size", "Peers in the last averaging round", registry=to)
+        self._state_load = Histogram(
+            "covey_state_load_duration_seconds", "Downloads of the swarm's state that succeeded",
+            buckets=SECONDS, registry=to)
+        self._checkpoint = Gauge(
+            "covey_checkpoint_last_success_timestamp_seconds", "Time of the last checkpoint", registry=to)
+        self._skipped = Counter("covey_skipped_images", "Unreadable images met by the workers", registry=to)
+        self._restarts = Counter("covey_worker_restarts", "Workers that failed", registry=to)
+        Gauge("covey_build_info", "1", ["version"], registry=to).labels(VERSION).set(1)
+        self._samples_seen = 0
+
+    def event(self, event: WorkerEvent, status: PeerStatus) -> None:
+        """See peer.supervisor.Observer."""
+        match event.WhichOneof("event"):
+            case "started":
+                self._started(event.started)
+            case "step":
+                self._step(event.step)
+            case "round":
+                self._round(event.round)
+            case "state_loaded" if event.state_loaded.succeeded:
+                self._state_load.observe(event.state_loaded.seconds)
+            case "checkpointed":
+                self._checkpoint.set(event.checkpointed.time_seconds)
+
+    def restarting(self, exit_code: int, delay_seconds: float, status: PeerStatus) -> None:
+        """See peer.supervisor.Observer."""
+        self._restarts.inc()
+
+    def _started(self, started: WorkerEvent.Started) -> None:
+        self._samples_seen = 0  # a worker counts from its own start, the counter here goes on
+        self._epoch.set(started.epoch)
+        self._skipped.inc(started.skipped_count)
+
+    def _step(self, step: WorkerEvent.Step) -> None:
+        self._epoch.set(step.epoch)
+        self._epoch_samples.set(step.swarm_samples)
+        self._loss.set(step.loss)
+        self._rate.set(step.samples_per_second)
+        self._samples.inc(max(0, step.samples_total - self._samples_seen))  # steps in between may be missing
+        self._samples_seen = step.samples_total
+
+    def _round(self, ended: WorkerEvent.Round) -> None:
+        self._rounds.labels(ended.kind, ended.outcome).inc()
+        self._duration.labels(ended.kind).observe(ended.seconds)
+        self._group_size.set(ended.group_size)

@@ -1,0 +1,197 @@
+"""What `covey join` shows: a line per collaborative epoch and one for the moment, or JSON lines for programs."""
+
+import json
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from peer.plain import plain
+from proto.peer_pb2 import PeerStatus, WorkerEvent
+from proto.swarm_pb2 import RoundCounts
+
+
+class Printer:
+    """Prints from a thread of its own: a terminal or a pipe that nobody reads must not hold up the daemon.
+
+    Lines that find a thousand others waiting are dropped, and all of them once the reader is gone.
+    """
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show = show
+        self._lines: queue.Queue[str | None] = queue.Queue(maxsize=1000)
+        self._thread = threading.Thread(target=self._print, name="printer", daemon=True)
+        self._thread.start()
+
+    def line(self, text: str) -> None:
+        """Print `text` soon; returns at once."""
+        with suppress(queue.Full):
+            self._lines.put_nowait(text)
+
+    def close(self, timeout_seconds: float = 2.0) -> None:
+        """Wait until all is printed, or nobody reads."""
+        if self._thread.is_alive():
+            with suppress(queue.Full):
+                self._lines.put(None, timeout=timeout_seconds)
+                self._thread.join(timeout_seconds)
+
+    def _print(self) -> None:
+        while (text := self._lines.get()) is not None:
+            try:
+                self._show(text)
+            except OSError:  # the reader is gone: nor may the interpreter's last flush fail
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """A collaborative epoch that ended, as this peer saw it."""
+
+    epoch: int  # updates of the swarm, this one included
+    samples: int  # the swarm's, towards this update
+    peers: int
+    group_size: int
+    loss: float  # mean of this peer's micro-batches
+    samples_per_second: float  # this peer's
+
+
+class Tally:
+    """Gathers Step events into epochs."""
+
+    def __init__(self) -> None:
+        self.begin(0)
+
+    def begin(self, epoch: int) -> None:
+        """Steps from now on count towards the update after `epoch`: a worker started, or downloaded that state."""
+        self._epoch, self._samples, self._losses = epoch, 0, list[float]()
+
+    def step(self, status: PeerStatus) -> Epoch | None:
+        """The epoch that the last step ended, if it did. A step that ends one counts towards it."""
+        step = status.step
+        self._losses.append(step.loss)
+        self._samples = max(self._samples, step.swarm_samples)
+        if step.epoch <= self._epoch:
+            return None
+        ended = Epoch(step.epoch, self._samples, step.swarm_peers, status.group_size,
+                      sum(self._losses) / len(self._losses), step.samples_per_second)
+        self.begin(step.epoch)
+        return ended
+
+
+class JsonLines:
+    """Observes a supervisor; one JSON object per line, each with an "event"."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write, self._tally = write, Tally()
+
+    def event(self, event: WorkerEvent, status: PeerStatus) -> None:
+        """See peer.supervisor.Observer. Epochs stand for the steps, which are too many."""
+        match event.WhichOneof("event"):
+            case "started":
+                self._tally.begin(event.started.epoch)
+                self._put("ready", event.started, daemon_pid=status.daemon_pid, worker_pid=status.worker_pid,
+                          metrics_url=status.metrics_url)
+            case "step":
+                if ended := self._tally.step(status):
+                    self._write(json.dumps({"event": "epoch", **asdict(ended)}))
+            case "round":
+                self._put("round", event.round)
+            case "state_loaded":
+                self._tally.begin(event.state_loaded.epoch)
+                self._put("state_loaded", event.state_loaded)
+            case "checkpointed":
+                self._put("checkpoint", event.checkpointed)
+            case "finished":
+                self._put("finished", event.finished, gradient_rounds=plain(status.gradient_rounds),
+                          state_rounds=plain(status.state_rounds))
+
+    def restarting(self, exit_code: int, delay_seconds: float, status: PeerStatus) -> None:
+        """See peer.supervisor.Observer."""
+        self._write(json.dumps({"event": "restarting", "exit_code": exit_code, "delay_seconds": delay_seconds}))
+
+    def _put(self, name: str, message: Any, **more: Any) -> None:
+        self._write(json.dumps({"event": name, **plain(message), **more}))
+
+
+class Lines:
+    """Observes a supervisor; lines for people: changes by `write`, the moment by `now` (a terminal's last line)."""
+
+    def __init__(self, write: Callable[[str], None], now: Callable[[str], None]) -> None:
+        self._write, self._now, self._tally = write, now, Tally()
+
+    def event(self, event: WorkerEvent, status: PeerStatus) -> None:
+        """See peer.supervisor.Observer."""
+        match event.WhichOneof("event"):
+            case "started":
+                self._tally.begin(event.started.epoch)
+                self._started(event.started)
+            case "step":
+                if ended := self._tally.step(status):
+                    self._write(epoch_line(ended))
+                self._now(step_line(status))
+            case "state_loaded" if event.state_loaded.succeeded:
+                loaded = event.state_loaded
+                self._tally.begin(loaded.epoch)
+                self._write(f"downloaded the swarm's state of epoch {loaded.epoch} in {loaded.seconds:.1f} s")
+            case "finished":
+                self._finished(event.finished, status)
+
+    def restarting(self, exit_code: int, delay_seconds: float, status: PeerStatus) -> None:
+        """See peer.supervisor.Observer."""
+        self._write(f"the worker failed (exit code {exit_code}); starting it again in {delay_seconds:g} s")
+
+    def _started(self, started: WorkerEvent.Started) -> None:
+        self._write(f"training on {started.device}: {started.parameters:,} parameters, {started.images:,} images, "
+                    f"from epoch {started.epoch}")
+        if started.skipped_count:
+            self._write(f"skipped {started.skipped_count} unreadable images: {', '.join(started.skipped_files)}")
+
+    def _finished(self, finished: WorkerEvent.Finished, status: PeerStatus) -> None:
+        self._write(f"left at epoch {finished.epoch}; averaging rounds: gradients {counts(status.gradient_rounds)}, "
+                    f"state {counts(status.state_rounds)}")
+        self._write(f"checkpoint {finished.checkpoint}\nparameters {finished.parameters_checksum}")
+
+
+def epoch_line(ended: Epoch) -> str:
+    """An epoch that ended, in columns."""
+    return (f"epoch {ended.epoch:>6}  {ended.samples:>8,} samples  {ended.peers:>4} peers  group of "
+            f"{ended.group_size:<3}  loss {ended.loss:8.4f}  {ended.samples_per_second:9.1f} samples/s")
+
+
+def step_line(status: PeerStatus) -> str:
+    """The moment, in short."""
+    step = status.step
+    return (f"epoch {step.epoch}: {step.swarm_samples:,} samples of the swarm, {step.swarm_peers} peers, "
+            f"loss {step.loss:.4f}, {step.samples_per_second:.1f} samples/s here")
+
+
+def counts(rounds: RoundCounts) -> str:
+    """Rounds by outcome, in words."""
+    return f"{rounds.averaged} averaged, {rounds.failed} failed, {rounds.alone} alone"
+
+
+@contextmanager
+def progress(as_json: bool) -> Iterator[JsonLines | Lines]:
+    """An observer that prints to stdout: JSON lines, or for people, with a line for the moment on a terminal."""
+    console = Console(highlight=False)
+    printer = Printer(partial(print, flush=True) if as_json or not console.is_terminal else
+                      lambda line: console.print(Text(line)))
+    try:
+        if as_json:
+            yield JsonLines(printer.line)
+        elif console.is_terminal:
+            with console.status("joining") as now:
+                yield Lines(printer.line, lambda line: now.update(Text(line)))
+        else:
+            yield Lines(printer.line, lambda line: None)
+    finally:
+        printer.close()

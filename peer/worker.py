@@ -1,0 +1,172 @@
+"""The worker, where everything is wired: `python -m peer.worker STATE_DIR --events-fd N --parent-pid PID`.
+
+The order matters: the DHT's process is forked first, from the main thread, before there are threads or CUDA; the
+averagers' next; everything else after that.
+"""
+
+import argparse
+import faulthandler
+import logging
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from averaging.dht import open_identity, start_dht
+from averaging.experiment import parse
+from averaging.process import die_with_parent
+from averaging.progress import record_validators
+from averaging.strategies.collaborative import Collaborative
+from peer.events import EventWriter
+from peer.job import Job, read_job
+from peer.telemetry import Telemetry
+from proto.peer_pb2 import WorkerEvent
+from training.checkpoint import load_into, newest_checkpoint, parameters_checksum, read_checkpoint, write_checkpoint
+from training.data.batches import batches
+from training.data.sources import open_source
+from training.data.views import Views
+from training.errors import BadInput
+from training.loop import StepReport, train
+from training.objectives.objective import Objective, build_objective
+from training.optimizers.build import build_optimizer, govern, initialise_state
+from training.optimizers.config import Optimizer
+from training.optimizers.schedule import learning_rate
+
+HURRY_SECONDS = 2.0  # that a round which has begun may still take once this peer is to leave
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Do the job in STATE_DIR. Exit code 0: left in good order; 2: refused, a restart won't help; else: start anew."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("state_dir", type=Path)
+    parser.add_argument("--events-fd", type=int, required=True)
+    parser.add_argument("--parent-pid", type=int, required=True)
+    arguments = parser.parse_args()
+    die_with_parent(arguments.parent_pid)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # says in the log where a worker that hangs is
+    leave = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: leave.set())
+    events = EventWriter(arguments.events_fd)
+    try:
+        take_part(read_job(arguments.state_dir), events, leave)
+    except BadInput as error:
+        events.send(WorkerEvent(refused=WorkerEvent.Refused(message=str(error))))
+        sys.exit(2)
+
+
+def take_part(job: Job, events: EventWriter, leave: threading.Event) -> None:
+    """Train in the swarm until `leave` is set or the job's last epoch is reached."""
+    experiment, config = parse(job.experiment), job.config
+    key = open_identity(config.identity_path)
+    dht = start_dht(identity_path=config.identity_path, host_maddrs=config.host_maddrs, client_mode=config.client_mode,
+                    initial_peers=job.initial_peers, record_validators=record_validators(job.run_id, key))
+    try:
+        torch.set_num_threads(config.threads or torch.get_num_threads())
+        device = choose_device(config.device)
+        source = open_source(experiment.data, config.data, "train")
+        now = time.time_ns()  # a restart must not repeat the order of images, nor the views, of the start before
+        images = batches(source, config.batch_size, identity=str(dht.peer_id), run=now)
+        views = Views(experiment.data.transforms, seed=now)
+        objective = build_objective(experiment).to(device)
+        telemetry = Telemetry(events, dht, job, key, device=str(device),
+                              lifetime_seconds=experiment.averaging.report_progress_expiration)
+        stepper = Collaborative(
+            dht=dht, run_id=job.run_id, key=key, config=experiment.averaging, client_mode=config.client_mode,
+            parameters=objective.parameters(), optimizer=partial(initialised_optimizer, experiment.optimizer),
+            shared_buffers=objective.buffers(), on_round=telemetry.round, on_state_load=telemetry.state_load)
+        try:
+            telemetry.watch(lambda: stepper.is_alive)
+            # hivemind counts the epoch up just before the step that ends it
+            govern(stepper.optimizer, objective, partial(learning_rate, experiment.optimizer),
+                   epoch=lambda: stepper.epoch - 1)
+            stepper.resume(restore(job, objective, stepper.optimizer))
+            telemetry.started(objective, source, stepper.epoch)
+
+            def checkpoint(epoch: int) -> str:
+                path = str(write_checkpoint(config.checkpoints, epoch=epoch, experiment=job.experiment,
+                                            fingerprint=job.fingerprint, objective=objective,
+                                            optimizer=stepper.optimizer, keep_last=config.keep_last_checkpoints))
+                telemetry.checkpointed(path, epoch)
+                return path
+
+            def should_stop(report: StepReport) -> bool:
+                if report.updated and report.epoch % config.checkpoint_every_epochs == 0:
+                    checkpoint(report.epoch)
+                return leave.is_set() or report.epoch >= (config.stop_at_epoch or math.inf)
+
+            with hurrying(leave, stepper):
+                train(objective, images, views, stepper, report=telemetry.step, should_stop=should_stop)
+            if not leave.is_set():
+                stepper.settle()  # whoever stops by epoch stops with the swarm's parameters, not just its own
+            telemetry.leaving()
+            finished = WorkerEvent.Finished(epoch=stepper.epoch, parameters_checksum=parameters_checksum(objective),
+                                            checkpoint=checkpoint(stepper.epoch))
+        finally:
+            stepper.close()
+        events.send(WorkerEvent(finished=finished))
+    finally:
+        dht.shutdown()
+
+
+@contextmanager
+def hurrying(leave: threading.Event, stepper: Collaborative) -> Iterator[None]:
+    """While inside, `leave` also ends a step's wait for other peers, a little later."""
+    done = threading.Event()
+
+    def hurry() -> None:
+        leave.wait()
+        while not done.wait(HURRY_SECONDS):
+            stepper.hurry()
+
+    threading.Thread(target=hurry, name="hurry", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def initialised_optimizer(config: Optimizer, parameters: Any) -> torch.optim.Optimizer:
+    """The optimiser with its state in place: hivemind would make that by a step that decays the weights."""
+    optimizer = build_optimizer(config, parameters)
+    initialise_state(optimizer)
+    return optimizer
+
+
+def restore(job: Job, objective: Objective, optimizer: torch.optim.Optimizer) -> int:
+    """Load this peer's newest good checkpoint; the epoch to resume at, 0 if there is none."""
+    path = newest_checkpoint(job.config.checkpoints)
+    if path is None:
+        return 0
+    checkpoint = read_checkpoint(path)
+    if checkpoint.fingerprint != job.fingerprint:
+        raise BadInput(f"{path} is of experiment {checkpoint.fingerprint[:12]}", expected=job.fingerprint[:12],
+                       mend="Join with another --state-dir.")
+    load_into(checkpoint, objective, optimizer)
+    log.info("resumed from %s", path)
+    return checkpoint.epoch
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device `wanted`, or with "auto" the accelerator that is there, else the CPU. Raises BadInput."""
+    if wanted == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = torch.device(wanted)
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
+    if (device.index or 0) >= count:
+        raise BadInput(f"--device {wanted}", expected=f"one that is here: {count} of type {device.type} found",
+                       mend="Use --device auto or cpu.")
+    return device
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""covey.v1.Coordinator over real gRPC on loopback."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+from grpc import StatusCode
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from coordinator.service import SERVICE, CoordinatorService, bind_grpc, start_grpc
+from coordinator.swarm import SwarmState
+from coordinator.view import About, view
+from proto.coordinator_pb2 import EnrolReply, EnrolRequest, WatchRequest
+from proto.coordinator_pb2_grpc import CoordinatorStub
+from proto.swarm_pb2 import SwarmSnapshot
+from training.errors import BadInput
+
+ENROLMENT = EnrolReply(experiment=b'{"name":"tiny"}', fingerprint="ab" * 32, run_id="tiny-1", initial_peers=["/ip4/x"])
+GOOD = {"run_id": "tiny-1", "name": "ada", "version": "1.2.3"}
+
+
+@asynccontextmanager
+async def channel(snapshot: SwarmSnapshot | None = None) -> AsyncIterator[grpc.aio.Channel]:
+    server, port = bind_grpc("127.0.0.1", 0)
+    await start_grpc(server, CoordinatorService(ENROLMENT, "1.2.0", lambda: snapshot or SwarmSnapshot()))
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as opened:
+            yield opened
+    finally:
+        await server.stop(None)
+
+
+async def enrol(**fields: str) -> EnrolReply:
+    async with channel() as opened:
+        return await CoordinatorStub(opened).Enrol(EnrolRequest(**{**GOOD, **fields}), timeout=10)
+
+
+async def watch(interval: float, count: int, snapshot: SwarmSnapshot | None = None) -> list[SwarmSnapshot]:
+    async with channel(snapshot) as opened:
+        snapshots = []
+        async for received in CoordinatorStub(opened).Watch(WatchRequest(interval_seconds=interval), timeout=10):
+            snapshots.append(received)
+            if len(snapshots) == count:
+                break
+        return snapshots
+
+
+def test_a_volunteer_gets_the_experiment_byte_for_byte() -> None:
+    assert asyncio.run(enrol()) == ENROLMENT
+
+
+@pytest.mark.parametrize(("fields", "code", "text"), [
+    ({"run_id": "tiny-2"}, StatusCode.NOT_FOUND, "'tiny-2' is not run here; expected tiny-1."),
+    ({"run_id": ""}, StatusCode.NOT_FOUND, "stale"),
+    ({"version": "1.3.0"}, StatusCode.FAILED_PRECONDITION, "covey '1.3.0' can't join; expected 1.2."),
+    ({"version": "2.2.0"}, StatusCode.FAILED_PRECONDITION, "expected 1.2"),
+    ({"version": ""}, StatusCode.FAILED_PRECONDITION, "expected 1.2"),
+    ({"version": "1"}, StatusCode.FAILED_PRECONDITION, "expected 1.2"),
+    ({"name": ""}, StatusCode.INVALID_ARGUMENT, "1 to 64 printable"),
+    ({"name": "a" * 65}, StatusCode.INVALID_ARGUMENT, "1 to 64 printable"),
+    ({"name": "a\nb"}, StatusCode.INVALID_ARGUMENT, "1 to 64 printable"),
+    ({"name": "x" * 70_000}, StatusCode.RESOURCE_EXHAUSTED, "larger"),
+])
+def test_who_can_not_take_part_is_told_why(fields: dict[str, str], code: StatusCode, text: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        asyncio.run(enrol(**fields))
+    assert refused.value.code() is code
+    assert text in refused.value.details()
+    assert len(refused.value.details()) < 300
+
+
+def test_a_patch_release_may_join() -> None:
+    assert asyncio.run(enrol(version="1.2.99")).run_id == "tiny-1"
+
+
+def test_a_snapshot_carries_the_whole_view(state: SwarmState, about: About) -> None:
+    [received] = asyncio.run(watch(0, 99, SwarmSnapshot(**view(state, about))))
+    assert (received.run_id, received.epoch, received.epoch_samples, received.target_batch_size) == (
+        about.run_id, 7, 64, 256)
+    assert (received.loss, received.samples_total, received.joins, received.departures.lost) == (2.5, 1500, 6, 1)
+    ada, eve = received.peers
+    assert (ada.peer_id, ada.gradient_rounds.averaged, ada.loss, ada.last_seen_seconds) == ("12D3ada", 5, 2.0, 3.0)
+    assert (eve.client_mode, eve.state) == (True, "starting")
+
+
+def test_a_loss_that_nobody_knows_is_absent_not_zero(about: About) -> None:
+    assert not SwarmSnapshot(**view(SwarmState(), about)).HasField("loss")
+
+
+def test_an_interval_gives_one_snapshot_after_another() -> None:
+    assert len(asyncio.run(watch(0.2, 3))) == 3
+
+
+@pytest.mark.parametrize("interval", [0.1, -1.0, 3601.0, float("nan"), float("inf")])
+def test_an_interval_out_of_bounds_is_refused(interval: float) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        asyncio.run(watch(interval, 1))
+    assert refused.value.code() is StatusCode.INVALID_ARGUMENT
+    assert "expected 0, or 0.2 to 3600" in refused.value.details()
+
+
+def test_health_and_reflection_are_served() -> None:
+    async def ask() -> tuple[int, set[str]]:
+        async with channel() as opened:
+            health = await health_pb2_grpc.HealthStub(opened).Check(health_pb2.HealthCheckRequest(service=SERVICE))
+            call = reflection_pb2_grpc.ServerReflectionStub(opened).ServerReflectionInfo(
+                iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+            [listing] = [reply async for reply in call]
+            return health.status, {service.name for service in listing.list_services_response.service}
+
+    status, services = asyncio.run(ask())
+    assert status == health_pb2.HealthCheckResponse.SERVING
+    assert {"covey.v1.Coordinator", "grpc.health.v1.Health"} <= services
+
+
+def test_a_grpc_port_in_use_is_bad_input() -> None:
+    async def twice() -> None:
+        server, port = bind_grpc("127.0.0.1", 0)
+        try:
+            with pytest.raises(BadInput, match=f"port {port} for gRPC"):
+                bind_grpc("127.0.0.1", port)
+        finally:
+            await server.stop(None)
+
+    asyncio.run(twice())

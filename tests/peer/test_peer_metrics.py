@@ -1,0 +1,65 @@
+"""A peer's metrics follow its worker's events."""
+
+from prometheus_client import generate_latest
+
+from peer.metrics import PeerMetrics
+from proto.peer_pb2 import PeerStatus, WorkerEvent
+
+
+def step(samples_total: int) -> WorkerEvent:
+    return WorkerEvent(step=WorkerEvent.Step(epoch=3, samples_total=samples_total, swarm_samples=48, loss=2.5,
+                                             samples_per_second=10))
+
+
+def started() -> WorkerEvent:
+    return WorkerEvent(started=WorkerEvent.Started(skipped_count=2))
+
+
+def after(*events: WorkerEvent) -> PeerMetrics:
+    metrics = PeerMetrics()
+    for event in events:
+        metrics.event(event, PeerStatus())
+    return metrics
+
+
+def test_samples_are_counted_across_lost_steps_and_restarts() -> None:
+    metrics = after(started(), step(16), step(64), started(), step(32))
+    assert metrics.registry.get_sample_value("covey_samples_total") == 96
+
+
+def test_steps_set_the_gauges() -> None:
+    registry = after(started(), step(16)).registry
+    assert registry.get_sample_value("covey_epoch") == 3
+    assert registry.get_sample_value("covey_epoch_samples") == 48
+    assert registry.get_sample_value("covey_loss") == 2.5
+    assert registry.get_sample_value("covey_samples_per_second") == 10
+    assert registry.get_sample_value("covey_skipped_images_total") == 2
+
+
+def test_rounds_are_counted_and_timed() -> None:
+    ended = WorkerEvent(round=WorkerEvent.Round(kind="state", outcome="failed", group_size=4, seconds=3))
+    registry = after(ended, ended).registry
+    assert registry.get_sample_value("covey_averaging_rounds_total", {"kind": "state", "outcome": "failed"}) == 2
+    assert registry.get_sample_value("covey_averaging_duration_seconds_sum", {"kind": "state"}) == 6
+    assert registry.get_sample_value("covey_group_size") == 4
+
+
+def test_loads_that_fail_are_not_timed() -> None:
+    def load(succeeded: bool) -> WorkerEvent:
+        return WorkerEvent(state_loaded=WorkerEvent.StateLoaded(seconds=2, succeeded=succeeded))
+
+    assert after(load(True), load(False)).registry.get_sample_value("covey_state_load_duration_seconds_count") == 1
+
+
+def test_checkpoints_and_restarts_are_told() -> None:
+    metrics = after(WorkerEvent(checkpointed=WorkerEvent.Checkpointed(time_seconds=1234)))
+    metrics.restarting(-9, 1.0, PeerStatus())
+    assert metrics.registry.get_sample_value("covey_checkpoint_last_success_timestamp_seconds") == 1234
+    assert metrics.registry.get_sample_value("covey_worker_restarts_total") == 1
+
+
+def test_every_metric_is_ours_by_name() -> None:
+    names = [line.split()[2] for line in generate_latest(PeerMetrics().registry).decode().splitlines()
+             if line.startswith("# TYPE")]
+    assert names
+    assert all(name.startswith("covey_") for name in names)

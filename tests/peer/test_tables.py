@@ -1,0 +1,51 @@
+"""What `covey status` shows, and what strangers' names can't do to it."""
+
+import io
+import json
+
+from rich.console import Console, RenderableType
+
+from peer.plain import one_line, plain
+from peer.tables import peers_list, swarm_table
+from proto.peer_pb2 import PeerStatus
+from proto.swarm_pb2 import PeerRow, RoundCounts, SwarmSnapshot
+
+
+def shown(view: RenderableType) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(view)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_a_swarm_s_peers_are_rows_by_name() -> None:
+    text = shown(swarm_table(SwarmSnapshot(
+        run_id="demo-01", epoch=12, epoch_samples=96, target_batch_size=256, samples_per_second=40.5, loss=2.25,
+        peers=[PeerRow(name="zoe", state="training", gradient_rounds=RoundCounts(averaged=5, failed=1)),
+               PeerRow(name="adam", state="starting", loss=0.0)])))
+    assert "demo-01: epoch 12, 96 of 256 samples, 2 peers, 40.5 samples/s, loss 2.2500" in text
+    assert text.index("adam") < text.index("zoe")
+    assert "5/1/0" in text
+
+
+def test_a_name_cannot_act_on_the_terminal() -> None:
+    name = "\x1b[31mred\x07\u202e[bold]bold[/]"
+    for text in (shown(swarm_table(SwarmSnapshot(peers=[PeerRow(name=name)]))),
+                 shown(peers_list([PeerStatus(name=name)]))):
+        assert not set(text) & {"\x1b", "\x07", "\u202e"}
+        assert "[bold]bold[/]" in text
+
+
+def test_text_of_strangers_is_one_short_line() -> None:
+    assert one_line("a\nb\tc" + "x" * 1000) == "a b c" + "x" * 295
+
+
+def test_no_peers_are_said_to_be_none() -> None:
+    assert "no peers of yours" in shown(peers_list([]))
+
+
+def test_messages_become_json_with_numbers_as_numbers() -> None:
+    data = json.loads(json.dumps(plain(SwarmSnapshot(samples_total=2**60, peers=[PeerRow(epoch=3)]))))
+    assert data["samples_total"] == 2**60
+    assert data["loss"] is None
+    assert data["peers"][0]["epoch"] == 3

@@ -1,0 +1,189 @@
+"""Checkpoints: tensors in safetensors, the rest in JSON beside them; nothing in them is ever executed.
+
+`epoch-00000042.safetensors` is complete once `epoch-00000042.json`, which holds its SHA-256, stands beside it.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from training.errors import BadInput
+from training.objectives.objective import Objective
+from training.optimizers.build import initial_state
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run was at the end of `epoch`."""
+
+    epoch: int                   # collaborative epochs, that is updates, so far
+    experiment: bytes            # canonical JSON
+    fingerprint: str             # of the experiment
+    tensors: dict[str, Tensor]   # objective.<name>, optimizer.<index of the parameter>.<name>
+
+
+def write_checkpoint(directory: Path, *, epoch: int, experiment: bytes, fingerprint: str, objective: Objective,
+                     optimizer: torch.optim.Optimizer, keep_last: int) -> Path:
+    """Writes a checkpoint and removes all but the newest `keep_last`; the path of its tensor file.
+
+    Atomic: a crash at any moment leaves the earlier checkpoints, and this one whole or not at all.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"epoch-{epoch:08d}.safetensors"
+    staged = path.with_suffix(".safetensors.tmp")
+    save_file(_state(objective, optimizer), staged)
+    digest = _sha256(staged)
+    _move_into_place(staged, path)
+
+    staged = path.with_suffix(".json.tmp")
+    staged.write_text(json.dumps({
+        "epoch": epoch, "fingerprint": fingerprint, "experiment": experiment.decode(),
+        "torch": torch.__version__, "sha256": digest}, indent=1))
+    _move_into_place(staged, path.with_suffix(".json"))
+    _prune(directory, keep_last, path)
+    return path
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint in `directory` that is whole; each one passed over is logged with the reason."""
+    for path in sorted(directory.glob("epoch-*.safetensors"), reverse=True):
+        try:
+            _verified(path)
+        except BadInput as error:
+            log.warning("checkpoint passed over: %s", error)
+        else:
+            return path
+    return None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Reads the checkpoint of the tensor file `path`, on the CPU. Raises BadInput if it is truncated or foreign."""
+    meta = _verified(path)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise _bad(path, f"not a tensor file: {error}") from None
+    return Checkpoint(meta["epoch"], meta["experiment"].encode(), meta["fingerprint"], tensors)
+
+
+def load_into(checkpoint: Checkpoint, objective: Objective, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Makes `objective`, and `optimizer` if there is one, what they were; options such as lr stay as they are.
+
+    Raises BadInput, having changed nothing, where their tensors differ in name or shape.
+    """
+    state = _under("objective.", checkpoint.tensors)
+    _require_equal_shapes(state, objective.state_dict())
+    if optimizer is not None:
+        _load_optimizer(optimizer, _under("optimizer.", checkpoint.tensors))
+    objective.load_state_dict(state)
+
+
+def parameters_checksum(module: nn.Module) -> str:
+    """SHA-256 over the bytes of all parameters, in the order of their names; buffers do not count."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _state(objective: Objective, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {f"objective.{name}": tensor for name, tensor in objective.state_dict().items()}
+    tensors |= {f"optimizer.{name}": tensor for name, tensor in _flat(optimizer.state_dict()).items()}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _flat(optimizer_state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """State tensors of an optimiser's state dict, as <index of the parameter>.<name>."""
+    return {f"{index}.{name}": value for index, state in optimizer_state["state"].items()
+            for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """A parameter that had no state yet gets the initial one, which is equivalent."""
+    complete = initial_state(optimizer)
+    initial = _flat(complete)
+    _require_equal_shapes(tensors, {name: initial.get(name) for name in tensors})
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        complete["state"][int(index)][name] = tensor
+    optimizer.load_state_dict(complete)
+
+
+def _require_equal_shapes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor | None]) -> None:
+    for name in sorted(found.keys() | expected.keys()):
+        there, here = found.get(name), expected.get(name)
+        if there is None or here is None or there.shape != here.shape:
+            raise BadInput(f"{name} in the checkpoint: {_shape(there)}", expected=f"{_shape(here)}, as in this "
+                           "experiment", mend="The checkpoint belongs to another one.")
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "nothing" if tensor is None else f"shape {list(tensor.shape)}"
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """The JSON beside `path`, once it is known to describe just these bytes."""
+    try:
+        meta = json.loads(path.with_suffix(".json").read_text())
+        kinds = {"epoch": int, "fingerprint": str, "experiment": str, "sha256": str}
+        if not (isinstance(meta, dict) and all(isinstance(meta.get(key), kind) for key, kind in kinds.items())):
+            raise _bad(path, "the JSON beside it is not covey's")
+        if _sha256(path) != meta["sha256"]:
+            raise _bad(path, "its bytes are not those that were written: truncated or changed")
+    except OSError as error:
+        raise _bad(path, f"{error.strerror}: {error.filename}") from None
+    except ValueError as error:
+        raise _bad(path, f"the JSON beside it does not parse: {error}") from None
+    return meta
+
+
+def _bad(path: Path, reason: str) -> BadInput:
+    return BadInput(f"{path}: {reason}", expected="a checkpoint of covey, with its .json beside it",
+                    mend="Use another one, or an earlier one.")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _move_into_place(staged: Path, path: Path) -> None:
+    """Renames once the bytes are on the disk, and sees the new name to the disk too."""
+    _fsync(staged)
+    staged.replace(path)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _prune(directory: Path, keep_last: int, written: Path) -> None:
+    """Removes what is older than the newest `keep_last`, never `written`, and what a crash left half-written."""
+    others = sorted(path for path in directory.glob("epoch-*.safetensors") if path != written)
+    for path in others[:max(0, len(others) - (keep_last - 1))]:
+        path.with_suffix(".json").unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+    for staged in directory.glob("epoch-*.tmp"):
+        staged.unlink(missing_ok=True)

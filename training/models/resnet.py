@@ -1,0 +1,52 @@
+"""ResNet trunks of torchvision's blocks: the state dict fits torchvision's resnet, but for its classifier."""
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from training.models.config import Trunk
+
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+
+
+class ResNet(nn.Module):
+    """Images float [B, 3, H, W] -> features float [B, feature_width], averaged over place."""
+
+    def __init__(self, config: Trunk) -> None:
+        super().__init__()
+        block = Bottleneck if config.depth >= 50 else BasicBlock
+        stem, *planes = (int(width * config.width_multiplier) for width in (64, 64, 128, 256, 512))
+        small = config.stem == "3x3"
+        self.conv1 = (nn.Conv2d(3, stem, 3, padding=1, bias=False) if small
+                      else nn.Conv2d(3, stem, 7, stride=2, padding=3, bias=False))
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, stride=2, padding=1)
+        inputs = (stem, *(width * block.expansion for width in planes))
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            _stage(block, inputs[i], planes[i], blocks, stride=1 if i == 0 else 2)
+            for i, blocks in enumerate(BLOCKS[config.depth]))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self._initialise()
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return torch.flatten(self.avgpool(x), 1)
+
+    def _initialise(self) -> None:
+        """As torchvision: by fan-out (He et al., arXiv 1502.01852); a norm starts as the identity by itself."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _stage(block: type[BasicBlock | Bottleneck], inputs: int, planes: int, blocks: int,
+           stride: int) -> nn.Sequential:
+    outputs = planes * block.expansion
+    shortcut = None
+    if stride != 1 or inputs != outputs:
+        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False),
+                                 nn.BatchNorm2d(outputs))
+    return nn.Sequential(block(inputs, planes, stride, shortcut),
+                         *(block(outputs, planes) for _ in range(blocks - 1)))
