@@ -5,16 +5,19 @@ import averaging.fork  # noqa: F401
 # isort: split
 import asyncio.subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import hivemind
+import psutil
 from hivemind.dht.validation import RecordValidatorBase
 from hivemind.p2p import P2P
 from hivemind.proto import crypto_pb2
 from hivemind.utils.crypto import RSAPrivateKey
 
 from averaging.process import die_with_parent
+from averaging.runtime import libp2p_sockets, make_runtime_dir, remove_libp2p_sockets
 
 
 class DHT(hivemind.DHT):  # type: ignore[misc]  # hivemind is untyped
@@ -28,6 +31,21 @@ class DHT(hivemind.DHT):  # type: ignore[misc]  # hivemind is untyped
             asyncio.subprocess.create_subprocess_exec, preexec_fn=die_with_parent)
         super().run()
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether node and libp2p daemon run. hivemind goes on without the latter, as an island."""
+        return self.is_alive() and any(child.name() == "p2pd" and child.status() != psutil.STATUS_ZOMBIE
+                                       for child in psutil.Process(self.pid).children())
+
+    def shutdown(self) -> None:
+        """Take leave of the DHT if that works at once; nothing of the node remains, sockets included."""
+        with suppress(OSError):  # its process may be gone already
+            super().shutdown()
+        if self.is_alive():
+            self.kill()
+            self.join()
+        remove_libp2p_sockets(Path(self.kwargs["identity_path"]))
+
 
 def start_dht(*, identity_path: Path, host_maddrs: Sequence[str], initial_peers: Sequence[str] = (),
               announce_maddrs: Sequence[str] = (), record_validators: Sequence[RecordValidatorBase] = (),
@@ -38,6 +56,11 @@ def start_dht(*, identity_path: Path, host_maddrs: Sequence[str], initial_peers:
     incoming connections. Raises hivemind's P2PDaemonError when the daemon can't start or no initial peer
     answers, TimeoutError after `startup_timeout` seconds; the child is gone then.
     """
+    make_runtime_dir()
+    remove_libp2p_sockets(identity_path)
+    sockets = libp2p_sockets(identity_path)
+    sockets.mkdir(mode=0o700)
+    P2P._UNIX_SOCKET_PREFIX = f"/unix{sockets}/"  # stock: /tmp, where any user may open them, and where they stay
     dht = DHT(initial_peers=list(initial_peers) or None, host_maddrs=list(host_maddrs),
               announce_maddrs=list(announce_maddrs) or None, identity_path=str(identity_path),
               record_validators=list(record_validators), client_mode=client_mode, check_if_identity_free=False,
@@ -47,6 +70,7 @@ def start_dht(*, identity_path: Path, host_maddrs: Sequence[str], initial_peers:
     except BaseException:
         dht.kill()
         dht.join()
+        dht.shutdown()
         raise
     return dht
 

@@ -1,22 +1,28 @@
 """Progress records in the DHT: signed by their owner, checked against a schema, read by everyone."""
 
-from collections.abc import Iterable
 from dataclasses import asdict
+from hashlib import sha256
 from typing import Any
 
 import pydantic.v1 as pydantic  # hivemind's SchemaValidator takes no other
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from hivemind.dht import DHT
 from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.dht.schema import BytesWithPublicKey, SchemaValidator
 from hivemind.dht.validation import RecordValidatorBase
 from hivemind.optim.progress_tracker import TrainingProgressSchema
+from hivemind.p2p import PeerID
+from hivemind.proto import crypto_pb2
 from hivemind.utils import ValueWithExpiration, get_dht_time
 from hivemind.utils.crypto import RSAPrivateKey
 
 from averaging.records import PEER_STATES, PeerRecord, Rounds
 
+SHA2_256 = b"\x12\x20"  # multihash: this function, 32 bytes
+
 count = pydantic.conint(strict=True, ge=0, lt=2**63)
 amount = pydantic.confloat(strict=True, ge=0, lt=1e18)
+address = pydantic.constr(strict=True, max_length=160)
 text = pydantic.constr(strict=True, max_length=64)
 state = pydantic.constr(strict=True, regex=f"^({'|'.join(PEER_STATES)})$")
 
@@ -47,6 +53,7 @@ class RecordSchema(pydantic.BaseModel):
     time: amount  # type: ignore[valid-type]
     gradient_rounds: RoundsSchema
     state_rounds: RoundsSchema
+    addresses: pydantic.conlist(address, max_items=8)  # type: ignore[valid-type]
 
 
 class PeersSchema(pydantic.BaseModel):
@@ -63,7 +70,8 @@ def record_validators(run_id: str, key: RSAPrivateKey) -> list[RecordValidatorBa
 
 def publish_record(dht: DHT, run_id: str, key: RSAPrivateKey, record: PeerRecord, *, lifetime_seconds: float) -> None:
     """Store this peer's record, to be forgotten after `lifetime_seconds`; returns without waiting for the network."""
-    dht.store(f"{run_id}_peers", subkey=RSASignatureValidator(key).local_public_key, value=asdict(record),
+    value = asdict(record) | {"addresses": list(record.addresses)}  # the wire has no tuples
+    dht.store(f"{run_id}_peers", subkey=RSASignatureValidator(key).local_public_key, value=value,
               expiration_time=get_dht_time() + lifetime_seconds, return_future=True)
 
 
@@ -72,16 +80,24 @@ def read_records(dht: DHT, run_id: str, *, timeout: float = 5.0) -> list[PeerRec
     found = dht.get(f"{run_id}_peers", latest=True, return_future=True).result(timeout=timeout)
     if found is None or not isinstance(found.value, dict):
         return []
-    return _parse(found.value.values())
+    records = (_parse(owner, value) for owner, value in found.value.items())
+    return [record for record in records if record is not None]
 
 
-def _parse(values: Iterable[ValueWithExpiration[Any]]) -> list[PeerRecord]:
-    records = []
-    for value in values:
-        try:
-            fields = RecordSchema.parse_obj(value.value).dict()
-        except pydantic.ValidationError:  # from a node that validates less than we do
-            continue
-        fields |= {kind: Rounds(**fields[kind]) for kind in ("gradient_rounds", "state_rounds")}
-        records.append(PeerRecord(**fields))
-    return records
+def _parse(owner: object, value: ValueWithExpiration[Any]) -> PeerRecord | None:
+    try:  # again what every node should have checked: one that doesn't may have handed it to us
+        fields = RecordSchema.parse_obj(value.value).dict()
+        if not isinstance(owner, bytes) or fields["peer_id"] != _signer(owner):
+            return None  # somebody speaks in another's name
+    except ValueError:
+        return None
+    fields |= {kind: Rounds(**fields[kind]) for kind in ("gradient_rounds", "state_rounds")}
+    return PeerRecord(**fields | {"addresses": tuple(fields["addresses"])})
+
+
+def _signer(owner: bytes) -> str:
+    """The libp2p peer id that belongs to the public key in a signed record's subkey."""
+    ssh_key = owner.removeprefix(b"[owner:").removesuffix(b"]")
+    der = load_ssh_public_key(ssh_key).public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    public = crypto_pb2.PublicKey(key_type=crypto_pb2.RSA, data=der).SerializeToString()
+    return str(PeerID(SHA2_256 + sha256(public).digest()))

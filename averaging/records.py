@@ -33,3 +33,4 @@ class PeerRecord:
     time: float  # when it was written
     gradient_rounds: Rounds = field(default_factory=Rounds)
     state_rounds: Rounds = field(default_factory=Rounds)
+    addresses: tuple[str, ...] = ()  # multiaddresses at which newcomers can reach it

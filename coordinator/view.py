@@ -47,5 +47,5 @@ def view(state: SwarmState, about: About) -> dict[str, Any]:
 
 def _row(peer: Peer, now: float) -> dict[str, Any]:
     row = asdict(peer.record)
-    del row["time"]  # by its own clock
+    del row["time"], row["addresses"]  # by its own clock; for newcomers, not for lookers
     return {**row, "last_seen_seconds": now - peer.heard}

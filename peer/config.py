@@ -63,6 +63,11 @@ class PeerConfig(Config):
         return self.state_dir / "identity.key"
 
     @property
+    def known_peers(self) -> Path:
+        """Other peers' addresses, for a start while the coordinator is away."""
+        return self.state_dir / "known_peers.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of this peer's checkpoints."""
         return self.state_dir / "checkpoints"

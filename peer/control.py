@@ -1,10 +1,6 @@
 """The local control service: `covey.v1.Peer` on a unix socket that only its owner can open."""
 
 import asyncio
-import hashlib
-import os
-import stat
-import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,43 +9,18 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from averaging.runtime import make_runtime_dir, runtime_path
 from peer.supervisor import Supervisor
 from proto.peer_pb2 import LeaveReply, LeaveRequest, PeerStatus, PeerWatchRequest, StatusRequest
 from proto.peer_pb2_grpc import PeerServicer, add_PeerServicer_to_server
-from training.errors import BadInput
-
-MEND = "Remove it, or set XDG_RUNTIME_DIR to a folder of yours."
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
 
 
-
-def runtime_dir() -> Path:
-    """The folder of this user's sockets, which may not exist yet. BadInput if others could have put some there."""
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    path = Path(base, "covey") if base else Path(tempfile.gettempdir(), f"covey-{os.getuid()}")
-    if os.path.lexists(path):
-        found = path.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-            raise BadInput(f"runtime folder {path} (owner {found.st_uid}, mode {stat.S_IMODE(found.st_mode):o})",
-                           expected=f"a folder of user {os.getuid()} with mode 700", mend=MEND)
-    return path
-
-
-def make_runtime_dir() -> None:
-    """Make the folder of this user's sockets if it is missing. Raises BadInput."""
-    try:
-        runtime_dir().mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"runtime folder {error.filename} ({error.strerror})", expected="a folder for sockets",
-                       mend=MEND) from None
-    runtime_dir()
-
-
 def socket_path(state_dir: Path) -> Path:
-    """Where the peer of `state_dir` answers. A hash, because a socket's path has 107 bytes at most."""
-    return runtime_dir() / f"{hashlib.sha256(bytes(state_dir.resolve())).hexdigest()[:16]}.sock"
+    """Where the peer of `state_dir` answers."""
+    return runtime_path(state_dir, ".sock")
 
 
 class PeerService(PeerServicer):

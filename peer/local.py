@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from peer.control import runtime_dir, socket_path, withdraw
+from averaging.runtime import runtime_dir
+from peer.control import socket_path, withdraw
 from proto.peer_pb2 import LeaveRequest, PeerStatus, StatusRequest
 from proto.peer_pb2_grpc import PeerStub
 from training.errors import BadInput

@@ -48,6 +48,8 @@ class PeerMetrics:
                 self._state_load.observe(event.state_loaded.seconds)
             case "checkpointed":
                 self._checkpoint.set(event.checkpointed.time_seconds)
+            case "skipped":
+                self._skipped.inc()
 
     def restarting(self, exit_code: int, delay_seconds: float, status: PeerStatus) -> None:
         """See peer.supervisor.Observer."""
@@ -56,7 +58,6 @@ class PeerMetrics:
     def _started(self, started: WorkerEvent.Started) -> None:
         self._samples_seen = 0  # a worker counts from its own start, the counter here goes on
         self._epoch.set(started.epoch)
-        self._skipped.inc(started.skipped_count)
 
     def _step(self, step: WorkerEvent.Step) -> None:
         self._epoch.set(step.epoch)

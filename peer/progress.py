@@ -57,6 +57,7 @@ class Epoch:
     """A collaborative epoch that ended, as this peer saw it."""
 
     epoch: int  # updates of the swarm, this one included
+    own_samples: int  # this peer's, towards this update
     samples: int  # the swarm's, towards this update
     peers: int
     group_size: int
@@ -68,20 +69,25 @@ class Tally:
     """Gathers Step events into epochs."""
 
     def __init__(self) -> None:
+        self._samples_total = 0
         self.begin(0)
 
     def begin(self, epoch: int) -> None:
         """Steps from now on count towards the update after `epoch`: a worker started, or downloaded that state."""
-        self._epoch, self._samples, self._losses = epoch, 0, list[float]()
+        self._epoch, self._samples, self._own_samples, self._losses = epoch, 0, 0, list[float]()
 
     def step(self, status: PeerStatus) -> Epoch | None:
         """The epoch that the last step ended, if it did. A step that ends one counts towards it."""
         step = status.step
         self._losses.append(step.loss)
+        if step.samples_total < self._samples_total:  # a new worker counts from 0
+            self._samples_total = 0
+        self._own_samples += step.samples_total - self._samples_total
+        self._samples_total = step.samples_total
         self._samples = max(self._samples, step.swarm_samples)
         if step.epoch <= self._epoch:
             return None
-        ended = Epoch(step.epoch, self._samples, step.swarm_peers, status.group_size,
+        ended = Epoch(step.epoch, self._own_samples, self._samples, step.swarm_peers, status.group_size,
                       sum(self._losses) / len(self._losses), step.samples_per_second)
         self.begin(step.epoch)
         return ended
@@ -110,6 +116,8 @@ class JsonLines:
                 self._put("state_loaded", event.state_loaded)
             case "checkpointed":
                 self._put("checkpoint", event.checkpointed)
+            case "skipped":
+                self._put("skipped", event.skipped)
             case "finished":
                 self._put("finished", event.finished, gradient_rounds=plain(status.gradient_rounds),
                           state_rounds=plain(status.state_rounds))
@@ -142,6 +150,8 @@ class Lines:
                 loaded = event.state_loaded
                 self._tally.begin(loaded.epoch)
                 self._write(f"downloaded the swarm's state of epoch {loaded.epoch} in {loaded.seconds:.1f} s")
+            case "skipped":
+                self._write(f"passed over {event.skipped.path}, which can't be read ({event.skipped.total} so far)")
             case "finished":
                 self._finished(event.finished, status)
 
@@ -152,8 +162,6 @@ class Lines:
     def _started(self, started: WorkerEvent.Started) -> None:
         self._write(f"training on {started.device}: {started.parameters:,} parameters, {started.images:,} images, "
                     f"from epoch {started.epoch}")
-        if started.skipped_count:
-            self._write(f"skipped {started.skipped_count} unreadable images: {', '.join(started.skipped_files)}")
 
     def _finished(self, finished: WorkerEvent.Finished, status: PeerStatus) -> None:
         self._write(f"left at epoch {finished.epoch}; averaging rounds: gradients {counts(status.gradient_rounds)}, "
@@ -162,9 +170,9 @@ class Lines:
 
 
 def epoch_line(ended: Epoch) -> str:
-    """An epoch that ended, in columns."""
-    return (f"epoch {ended.epoch:>6}  {ended.samples:>8,} samples  {ended.peers:>4} peers  group of "
-            f"{ended.group_size:<3}  loss {ended.loss:8.4f}  {ended.samples_per_second:9.1f} samples/s")
+    """An epoch that ended, in columns; within 80 in all."""
+    return (f"epoch {ended.epoch:>5} {ended.samples:>6,} samples {ended.peers:>3} peers  group {ended.group_size:>2}  "
+            f"loss {ended.loss:7.4f} {ended.samples_per_second:8.1f} samples/s")
 
 
 def step_line(status: PeerStatus) -> str:

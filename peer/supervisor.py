@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from averaging.runtime import remove_libp2p_sockets
 from peer.events import read_events
 from peer.job import Job
 from peer.process import Worker, start_worker
@@ -62,6 +63,7 @@ class Supervisor:
         self.status = status
         self.leave, self.hurry, self.gone = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._log, self._command, self._observers = job.config.log, command, observers
+        self._identity_path = job.config.identity_path
         self._backoff, self._leave_seconds = backoff, leave_seconds
         self._refusal = ""
 
@@ -93,6 +95,7 @@ class Supervisor:
             await self._follow(worker, finished)
         finally:
             exit_code = await worker.end()
+            remove_libp2p_sockets(self._identity_path)
             self.status.worker_pid = 0
             await _first(reading, timeout_seconds=0.5)  # the last events; it ends when nobody holds the pipe
         return exit_code

@@ -13,19 +13,21 @@ from hivemind.utils import get_dht_time
 from hivemind.utils.crypto import RSAPrivateKey
 
 from averaging.dht import DHT
-from averaging.progress import publish_record
+from averaging.progress import publish_record, read_records
 from averaging.records import PeerRecord, Rounds
 from averaging.strategies.collaborative import StateLoad
 from averaging.transports.swarm import Round
 from averaging.version import VERSION
 from peer.events import EventWriter
 from peer.job import Job
+from peer.known_peers import remember_peers
 from proto.peer_pb2 import WorkerEvent
 from training.data.sources import Source
 from training.loop import StepReport
 from training.objectives.objective import Objective
 
 PUBLISH_SECONDS = 1.0
+REMEMBER_EVERY = 15  # publications, between two notes of who else is there
 log = logging.getLogger(__name__)
 
 
@@ -42,10 +44,13 @@ class Telemetry:
         self._record = PeerRecord(
             peer_id=str(dht.peer_id), name=job.config.name, state="starting", epoch=0, samples_accumulated=0,
             samples_total=0, samples_per_second=0.0, loss=None, group_size=0, version=VERSION, device=device,
-            client_mode=job.config.client_mode, time=get_dht_time())
+            client_mode=job.config.client_mode, time=get_dht_time(),
+            addresses=() if job.config.client_mode else tuple(map(str, dht.get_visible_maddrs()))[:8])
         self._epoch_losses: list[float] = []
+        self._others = partial(read_records, dht, job.run_id)
+        self._known_peers = job.config.known_peers
         self._publish = partial(publish_record, dht, job.run_id, key, lifetime_seconds=lifetime_seconds)
-        self._vital: list[Callable[[], bool]] = [dht.is_alive]
+        self._vital: list[Callable[[], bool]] = [lambda: dht.is_serving]
         self._closing = Event()
         self._thread = Thread(target=self._keep_publishing, name="telemetry", daemon=True)
         self._thread.start()
@@ -56,7 +61,7 @@ class Telemetry:
 
     def started(self, objective: Objective, source: Source, epoch: int) -> None:
         """The model is built, the data open, the swarm joined."""
-        self._source = source
+        self._source, self._skipped = source, 0
         self._update(epoch=epoch)
         self._events.send(WorkerEvent(started=WorkerEvent.Started(
             peer_id=self._record.peer_id, device=self._record.device, images=len(source), epoch=epoch,
@@ -69,6 +74,7 @@ class Telemetry:
             samples_accumulated=report.samples_accumulated, swarm_samples=report.swarm_samples,
             swarm_peers=report.swarm_peers, samples_per_second=report.samples_per_second, loss=report.loss,
             metrics=report.metrics)))
+        self._tell_skipped()
         self._epoch_losses.append(report.loss)
         loss = self._record.loss
         if report.epoch != self._record.epoch:
@@ -76,6 +82,12 @@ class Telemetry:
             self._epoch_losses.clear()
         self._update(state="training", epoch=report.epoch, samples_accumulated=report.samples_accumulated, loss=loss,
                      samples_total=report.samples_total, samples_per_second=report.samples_per_second)
+
+    def _tell_skipped(self) -> None:
+        told = self._skipped
+        self._skipped = len(self._source.skipped)
+        for number, path in enumerate(list(self._source.skipped.values())[told:self._skipped], start=told + 1):
+            self._events.send(WorkerEvent(skipped=WorkerEvent.Skipped(path=path, total=number)))
 
     def round(self, ended: Round) -> None:
         """After every averaging round; from any thread."""
@@ -111,14 +123,25 @@ class Telemetry:
             self._record = replace(self._record, **fields)
 
     def _keep_publishing(self) -> None:
+        published = 0
         while not self._closing.wait(PUBLISH_SECONDS):
             with self._lock:
                 record = self._record
             try:
                 if all(is_alive() for is_alive in self._vital):
                     self._publish(replace(record, time=get_dht_time()))
+                    published += 1
+                    if published % REMEMBER_EVERY == 5:
+                        self._remember_others()
                     continue
             except OSError:  # the pipe to the DHT's process broke just now
                 pass
             log.error("a process of this worker is gone: ending it, to be started anew")
             os._exit(1)
+
+    def _remember_others(self) -> None:
+        try:
+            remember_peers(self._known_peers, [address for other in self._others() for address in other.addresses
+                                               if other.peer_id != self._record.peer_id])
+        except (TimeoutError, OSError) as error:  # a slow DHT or a full disk: training goes on
+            log.warning("other peers' addresses are not noted: %r", error)

@@ -27,6 +27,7 @@ from averaging.progress import record_validators
 from averaging.strategies.collaborative import Collaborative
 from peer.events import EventWriter
 from peer.job import Job, read_job
+from peer.known_peers import recall_peers
 from peer.telemetry import Telemetry
 from proto.peer_pb2 import WorkerEvent
 from training.checkpoint import load_into, newest_checkpoint, parameters_checksum, read_checkpoint, write_checkpoint
@@ -69,7 +70,8 @@ def take_part(job: Job, events: EventWriter, leave: threading.Event) -> None:
     experiment, config = parse(job.experiment), job.config
     key = open_identity(config.identity_path)
     dht = start_dht(identity_path=config.identity_path, host_maddrs=config.host_maddrs, client_mode=config.client_mode,
-                    initial_peers=job.initial_peers, record_validators=record_validators(job.run_id, key))
+                    initial_peers=[*job.initial_peers, *recall_peers(config.known_peers)],
+                    record_validators=record_validators(job.run_id, key))
     try:
         torch.set_num_threads(config.threads or torch.get_num_threads())
         device = choose_device(config.device)

@@ -36,8 +36,6 @@ class WorkerEvent(_message.Message):
         PARAMETERS_FIELD_NUMBER: _builtins.int
         IMAGES_FIELD_NUMBER: _builtins.int
         EPOCH_FIELD_NUMBER: _builtins.int
-        SKIPPED_FILES_FIELD_NUMBER: _builtins.int
-        SKIPPED_COUNT_FIELD_NUMBER: _builtins.int
         peer_id: _builtins.str
         device: _builtins.str
         parameters: _builtins.int
@@ -45,11 +43,6 @@ class WorkerEvent(_message.Message):
         """in this volunteer's data"""
         epoch: _builtins.int
         """resumed from a checkpoint; 0 for a fresh start"""
-        skipped_count: _builtins.int
-        @_builtins.property
-        def skipped_files(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-            """unreadable images, at most 10 of them"""
-
         def __init__(
             self,
             *,
@@ -58,12 +51,10 @@ class WorkerEvent(_message.Message):
             parameters: _builtins.int = ...,
             images: _builtins.int = ...,
             epoch: _builtins.int = ...,
-            skipped_files: _abc.Iterable[_builtins.str] | None = ...,
-            skipped_count: _builtins.int = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "epoch", b"epoch", "images", b"images", "parameters", b"parameters", "peer_id", b"peer_id", "skipped_count", b"skipped_count", "skipped_files", b"skipped_files"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "epoch", b"epoch", "images", b"images", "parameters", b"parameters", "peer_id", b"peer_id"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -214,6 +205,29 @@ class WorkerEvent(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
+    class Skipped(_message.Message):
+        """An image can't be read and is passed over; told once for each."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        PATH_FIELD_NUMBER: _builtins.int
+        TOTAL_FIELD_NUMBER: _builtins.int
+        path: _builtins.str
+        total: _builtins.int
+        """so far, this one included"""
+        def __init__(
+            self,
+            *,
+            path: _builtins.str = ...,
+            total: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "total", b"total"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
     class Refused(_message.Message):
         """The worker can't do this job, and a restart won't help: shown to the user as it is."""
 
@@ -266,6 +280,7 @@ class WorkerEvent(_message.Message):
     CHECKPOINTED_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    SKIPPED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def started(self) -> Global___WorkerEvent.Started: ...
     @_builtins.property
@@ -280,6 +295,8 @@ class WorkerEvent(_message.Message):
     def refused(self) -> Global___WorkerEvent.Refused: ...
     @_builtins.property
     def finished(self) -> Global___WorkerEvent.Finished: ...
+    @_builtins.property
+    def skipped(self) -> Global___WorkerEvent.Skipped: ...
     def __init__(
         self,
         *,
@@ -290,12 +307,13 @@ class WorkerEvent(_message.Message):
         checkpointed: Global___WorkerEvent.Checkpointed | None = ...,
         refused: Global___WorkerEvent.Refused | None = ...,
         finished: Global___WorkerEvent.Finished | None = ...,
+        skipped: Global___WorkerEvent.Skipped | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpointed", b"checkpointed", "event", b"event", "finished", b"finished", "refused", b"refused", "round", b"round", "started", b"started", "state_loaded", b"state_loaded", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpointed", b"checkpointed", "event", b"event", "finished", b"finished", "refused", b"refused", "round", b"round", "skipped", b"skipped", "started", b"started", "state_loaded", b"state_loaded", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpointed", b"checkpointed", "event", b"event", "finished", b"finished", "refused", b"refused", "round", b"round", "started", b"started", "state_loaded", b"state_loaded", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpointed", b"checkpointed", "event", b"event", "finished", b"finished", "refused", b"refused", "round", b"round", "skipped", b"skipped", "started", b"started", "state_loaded", b"state_loaded", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "step", "round", "state_loaded", "checkpointed", "refused", "finished"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "step", "round", "state_loaded", "checkpointed", "refused", "finished", "skipped"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

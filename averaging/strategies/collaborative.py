@@ -98,13 +98,14 @@ class Collaborative:
 
         Out of step with the swarm, the gradients are dropped and the swarm's state is downloaded instead.
         """
-        epoch = self.epoch
+        tracker, epoch = self._swarm.tracker, self.epoch
+        before = tracker.global_progress.samples_accumulated
         self._swarm.step(batch_size=samples)
         self._swarm.zero_grad(set_to_none=True)
-        tracker = self._swarm.tracker
+        updated = self.epoch != epoch
+        gathered = before + samples if updated else tracker.global_progress.samples_accumulated
         return Progress(epoch=self.epoch, samples_accumulated=tracker.local_progress.samples_accumulated,
-                        swarm_samples=tracker.global_progress.samples_accumulated,
-                        swarm_peers=tracker.global_progress.num_peers, updated=self.epoch != epoch)
+                        swarm_samples=gathered, swarm_peers=tracker.global_progress.num_peers, updated=updated)
 
     def settle(self) -> None:
         """Wait for the state averaging that runs in the background, and apply it."""

@@ -4,10 +4,10 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from time import monotonic, sleep
 
 import pytest
 import torch
+from processes import until
 from torch import nn
 
 from averaging.config import Averaging
@@ -18,7 +18,7 @@ from averaging.transports.swarm import Round, StateAverager
 from training.loop import LocalStepper
 from training.optimizers.build import initialise_state
 
-BATCH, DEADLINE = 8, 60.0
+BATCH = 8
 FAST = {"matchmaking_time": 1.0, "averaging_timeout": 10.0, "next_chunk_timeout": 2.0, "request_timeout": 1.0,
         "min_refresh_period": 0.1, "default_refresh_period": 0.2, "max_refresh_period": 0.5}
 
@@ -65,13 +65,6 @@ def micro_batches(peer: int, count: int) -> list[torch.Tensor]:
     return [torch.randn(BATCH, 6, generator=generator) for _ in range(count)]
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = monotonic() + DEADLINE
-    while not condition():
-        assert monotonic() < deadline, "waited in vain"
-        sleep(0.05)
-
-
 def endless(peer: int) -> Iterator[torch.Tensor]:
     while True:
         yield from micro_batches(peer, 50)
@@ -101,7 +94,7 @@ def contribute(peer: Peer, number: int, companions: int = 1) -> list[torch.Tenso
     given: list[torch.Tensor] = []
     for batch in endless(number):
         if len(given) == 1:
-            wait_until(lambda: peer.stepper.swarm_peers > companions)
+            until(lambda: peer.stepper.swarm_peers > companions, "company")
         peer.backward(batch)
         given.append(batch)
         if peer.stepper.step(BATCH).updated:
@@ -166,7 +159,7 @@ def test_a_late_joiner_takes_over_parameters_statistics_momentum_and_epoch(join:
     for _ in range(3):
         contribute(early, 0, companions=-1)
     late = join()
-    wait_until(lambda: late.stepper.swarm_peers > 0)
+    until(lambda: late.stepper.swarm_peers > 0, "word of the swarm")
     late.backward(next(endless(1)))
     assert late.stepper.step(BATCH).samples_accumulated == 0, "gradients of stale weights count for nothing"
     assert [load.succeeded for load in late.loads] == [True]
@@ -187,7 +180,7 @@ def test_a_download_that_no_peer_answers_ends_at_its_deadline(join: Swarm) -> No
     for _ in range(3):
         contribute(early, 0, companions=-1)
     late = join(load_state_timeout=1.0)
-    wait_until(lambda: late.stepper.swarm_peers > 0)
+    until(lambda: late.stepper.swarm_peers > 0, "word of the swarm")
     for averager in multiprocessing.active_children():
         if isinstance(averager, StateAverager):  # nobody serves state any more, while the records say otherwise
             averager.kill_process()

@@ -5,10 +5,10 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from time import monotonic, sleep
 
 import psutil
 import pytest
+from processes import is_running, until
 
 PARENT = textwrap.dedent("""
     import os, subprocess, sys, time
@@ -25,20 +25,6 @@ PARENT = textwrap.dedent("""
 """)
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def wait_until_gone(pid: int, seconds: float = 5) -> bool:
-    deadline = monotonic() + seconds
-    while is_running(pid) and monotonic() < deadline:
-        sleep(0.02)
-    return not is_running(pid)
-
-
 def test_a_child_is_gone_after_its_parents_sigkill() -> None:
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
@@ -46,7 +32,7 @@ def test_a_child_is_gone_after_its_parents_sigkill() -> None:
     assert is_running(child)
     parent.kill()
     parent.wait()
-    assert wait_until_gone(child)
+    until(lambda: not is_running(child), "the child is gone", 5)
 
 
 def test_a_child_whose_parent_is_gone_before_it_asks_ends_at_once() -> None:
@@ -77,8 +63,8 @@ def test_p2pd_is_gone_after_its_parents_sigkill(victim: str, tmp_path: Path) -> 
         (p2pd,) = psutil.Process(dht).children()
         assert p2pd.name() == "p2pd"
         psutil.Process(parent.pid if victim == "parent" else dht).kill()
-        assert wait_until_gone(dht)
-        assert wait_until_gone(p2pd.pid)
+        until(lambda: not is_running(dht), "the DHT is gone", 5)
+        until(lambda: not is_running(p2pd.pid), "p2pd is gone", 5)
     finally:
         parent.kill()
         parent.wait()

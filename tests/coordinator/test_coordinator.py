@@ -4,8 +4,7 @@ import json
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import grpc
 import httpx
 import psutil
 import pytest
+from processes import until
 
 from averaging.experiment import Experiment, canonical, run_id
 from coordinator.coordinator import run_coordinator
@@ -83,13 +83,6 @@ def stop(process: subprocess.Popen[str], number: signal.Signals) -> int:
     return status
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 @pytest.fixture(scope="module")
 def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("coordinator") / "state"
@@ -124,7 +117,7 @@ def test_a_record_in_the_dht_shows_in_the_json_and_the_metrics(
     url = coordinator[1]["dashboard_url"]
     subprocess.run([sys.executable, "-c", PUBLISH, str(tmp_path / "key"), enrolment.run_id, *enrolment.initial_peers],
                    check=True, timeout=60)
-    until(lambda: httpx.get(f"{url}api/swarm").json()["peers"])
+    until(lambda: httpx.get(f"{url}api/swarm").json()["peers"], "a peer in the JSON view")
     swarm = httpx.get(f"{url}api/swarm").json()
     assert (swarm["epoch"], swarm["epoch_samples"], swarm["loss"], swarm["joins"]) == (3, 64, 1.5, 1)
     assert [peer["name"] for peer in swarm["peers"]] == ["ada"]

@@ -1,33 +1,8 @@
 """What several of the peer's tests need."""
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
-
-DEADLINE_SECONDS = 30.0
-
-
-def until(condition: Callable[[], bool], what: str, seconds: float = DEADLINE_SECONDS) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.02)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
-def worker_pids(state_dir: Path) -> list[int]:
-    """Of the fake worker and its two children; empty before it is up."""
-    path = state_dir / "pids"
-    return [int(line) for line in path.read_text().split()] if path.exists() else []
 
 
 @pytest.fixture(autouse=True)

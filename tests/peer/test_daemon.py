@@ -15,11 +15,12 @@ from typing import Any
 import grpc
 import psutil
 import pytest
-from conftest import is_running, until, worker_pids
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from processes import is_running, until, worker_pids
 
+from averaging.runtime import make_runtime_dir, runtime_dir
 from coordinator.state_dir import open_state_dir
-from peer.control import make_runtime_dir, runtime_dir, socket_path
+from peer.control import socket_path
 from peer.local import leave, local_peers
 from peer.plain import plain
 from training.errors import BadInput

@@ -12,7 +12,11 @@ def step(samples_total: int) -> WorkerEvent:
 
 
 def started() -> WorkerEvent:
-    return WorkerEvent(started=WorkerEvent.Started(skipped_count=2))
+    return WorkerEvent(started=WorkerEvent.Started())
+
+
+def skipped() -> WorkerEvent:
+    return WorkerEvent(skipped=WorkerEvent.Skipped(path="broken.png", total=1))
 
 
 def after(*events: WorkerEvent) -> PeerMetrics:
@@ -28,7 +32,7 @@ def test_samples_are_counted_across_lost_steps_and_restarts() -> None:
 
 
 def test_steps_set_the_gauges() -> None:
-    registry = after(started(), step(16)).registry
+    registry = after(started(), step(16), skipped(), skipped()).registry
     assert registry.get_sample_value("covey_epoch") == 3
     assert registry.get_sample_value("covey_epoch_samples") == 48
     assert registry.get_sample_value("covey_loss") == 2.5

@@ -10,9 +10,9 @@ from peer.status import fold
 from proto.peer_pb2 import PeerStatus, WorkerEvent
 
 
-def step(epoch: int, loss: float, swarm_samples: int) -> WorkerEvent:
+def step(epoch: int, loss: float, swarm_samples: int, samples_total: int = 0) -> WorkerEvent:
     return WorkerEvent(step=WorkerEvent.Step(epoch=epoch, loss=loss, swarm_samples=swarm_samples, swarm_peers=3,
-                                             samples_per_second=50))
+                                             samples_total=samples_total, samples_per_second=50))
 
 
 def ended_round(outcome: str, group_size: int = 2) -> WorkerEvent:
@@ -20,9 +20,9 @@ def ended_round(outcome: str, group_size: int = 2) -> WorkerEvent:
 
 
 STORY = [
-    WorkerEvent(started=WorkerEvent.Started(peer_id="Qm", device="cpu", parameters=1000, images=64, epoch=4,
-                                            skipped_count=1, skipped_files=["broken.png"])),
-    step(4, 3.0, 32), step(4, 2.0, 64), ended_round("averaged"), step(5, 1.0, 0), step(5, 9.0, 16),
+    WorkerEvent(started=WorkerEvent.Started(peer_id="Qm", device="cpu", parameters=1000, images=64, epoch=4)),
+    WorkerEvent(skipped=WorkerEvent.Skipped(path="broken.png", total=1)),
+    step(4, 3.0, 32, 16), step(4, 2.0, 64, 32), ended_round("averaged"), step(5, 1.0, 0, 48), step(5, 9.0, 16, 64),
     WorkerEvent(state_loaded=WorkerEvent.StateLoaded(epoch=6, seconds=1.25, succeeded=True)),
     WorkerEvent(checkpointed=WorkerEvent.Checkpointed(path="/c/epoch", epoch=5, time_seconds=1e9)),
     WorkerEvent(finished=WorkerEvent.Finished(epoch=5, parameters_checksum="abcd", checkpoint="/c/epoch")),
@@ -40,12 +40,14 @@ def tell(observer: JsonLines | Lines, story: list[WorkerEvent]) -> PeerStatus:
 def test_a_step_that_ends_an_epoch_counts_towards_it() -> None:
     tally, status, ended = Tally(), PeerStatus(group_size=2), []
     tally.begin(4)
-    for event in (step(4, 3.0, 32), step(4, 2.0, 64), step(5, 1.0, 0), step(5, 8.0, 32), step(6, 4.0, 96)):
+    for event in (step(4, 3.0, 32, 16), step(4, 2.0, 64, 32), step(5, 1.0, 0, 48), step(5, 8.0, 32, 16),
+                  step(6, 4.0, 96, 32)):  # from the fourth on a new worker's, which counts from 0
         fold(status, event)
         ended.append(tally.step(status))
     assert ended[:2] == [None, None]
-    assert ended[2] == Epoch(epoch=5, samples=64, peers=3, group_size=2, loss=2.0, samples_per_second=50)
-    assert ended[4] == Epoch(epoch=6, samples=96, peers=3, group_size=2, loss=6.0, samples_per_second=50)
+    rest = {"peers": 3, "group_size": 2, "samples_per_second": 50}
+    assert ended[2] == Epoch(epoch=5, own_samples=48, samples=64, loss=2.0, **rest)
+    assert ended[4] == Epoch(epoch=6, own_samples=32, samples=96, loss=6.0, **rest)
 
 
 def test_a_jump_to_the_swarm_s_state_is_no_epoch_of_ours() -> None:
@@ -65,13 +67,13 @@ def test_json_lines_tell_the_story() -> None:
     observer.restarting(-9, 2.0, status)
     told = [json.loads(line) for line in lines]
     assert [line["event"] for line in told] == [
-        "ready", "round", "epoch", "state_loaded", "checkpoint", "finished", "restarting"]
+        "ready", "skipped", "round", "epoch", "state_loaded", "checkpoint", "finished", "restarting"]
     assert told[0]["metrics_url"] == "http://here/metrics"
-    assert told[0]["skipped_files"] == ["broken.png"]
-    assert told[2] == {"event": "epoch", "epoch": 5, "samples": 64, "peers": 3, "group_size": 2, "loss": 2.0,
-                       "samples_per_second": 50.0}
-    assert told[5]["gradient_rounds"] == {"averaged": 1, "failed": 0, "alone": 0}
-    assert told[6] == {"event": "restarting", "exit_code": -9, "delay_seconds": 2.0}
+    assert told[1] == {"event": "skipped", "path": "broken.png", "total": 1}
+    assert told[3] == {"event": "epoch", "epoch": 5, "own_samples": 48, "samples": 64, "peers": 3, "group_size": 2,
+                       "loss": 2.0, "samples_per_second": 50.0}
+    assert told[6]["gradient_rounds"] == {"averaged": 1, "failed": 0, "alone": 0}
+    assert told[7] == {"event": "restarting", "exit_code": -9, "delay_seconds": 2.0}
 
 
 def test_lines_for_people_tell_the_story() -> None:
@@ -79,7 +81,7 @@ def test_lines_for_people_tell_the_story() -> None:
     moments: list[str] = []
     tell(Lines(lines.append, moments.append), STORY)
     text = "\n".join(lines)
-    for told in ("1,000 parameters", "1 unreadable images: broken.png", "epoch      5", "group of 2",
+    for told in ("1,000 parameters", "passed over broken.png", "epoch     5", "group  2",
                  "state of epoch 6", "1 averaged, 0 failed", "abcd"):
         assert told in text
     assert len(moments) == 4

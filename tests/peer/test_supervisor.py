@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import is_running, until, worker_pids
+from processes import is_running, until, worker_pids
 
 from peer.config import PeerConfig
 from peer.job import Job

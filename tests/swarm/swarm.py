@@ -6,30 +6,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from time import monotonic, sleep
 from typing import Any
 
 import psutil
+from processes import is_running, until
 
 RECIPE = str(Path(__file__).parent / "tiny.toml")
 DEADLINE = 120.0
 Event = dict[str, Any]
-
-
-def wait_until(condition: Callable[[], object], what: str, seconds: float = DEADLINE) -> None:
-    deadline = monotonic() + seconds
-    while not condition():
-        assert monotonic() < deadline, f"{seconds:g} s, and still not: {what}"
-        sleep(0.05)
-
-
-def is_running(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 class Covey:
@@ -58,7 +44,7 @@ class Covey:
         def there() -> bool:
             assert self.process.poll() is None or len(self.all(name, since, **fields)) >= count, self.last_words()
             return len(self.all(name, since, **fields)) >= count
-        wait_until(there, f"{count} x {name} {fields} of {self.process.args}")
+        until(there, f"{count} x {name} {fields} of {self.process.args}", DEADLINE)
         return self.all(name, since, **fields)
 
     def last_words(self) -> str:
@@ -88,7 +74,7 @@ class Covey:
                 self.process.wait()
         self._reader.join(5)
         for process in family:
-            if is_running(process):
+            if is_running(process.pid):
                 process.kill()
 
 

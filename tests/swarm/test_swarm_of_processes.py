@@ -10,7 +10,8 @@ from time import monotonic
 
 import psutil
 import pytest
-from swarm import Covey, Swarm, is_running, wait_until
+from processes import is_running, until
+from swarm import Covey, Swarm
 
 GONE_SECONDS = 5.0  # no orphan outlives its parent by more
 
@@ -44,7 +45,7 @@ def test_status_shows_the_swarm_as_the_volunteers_see_it(swarm: Swarm) -> None:
         done = subprocess.run([sys.executable, "-m", "peer.cli", "status", swarm.link, "--json"],
                               capture_output=True, text=True, timeout=60, check=True)
         return json.loads(done.stdout)
-    wait_until(lambda: len([peer for peer in status()["peers"] if peer["state"] == "training"]) == 2, "two peers")
+    until(lambda: len([peer for peer in status()["peers"] if peer["state"] == "training"]) == 2, "two peers")
     shown, epochs = status(), [volunteer.all("epoch")[-1]["epoch"] for volunteer in volunteers]
     assert max(epochs) - 3 <= shown["epoch"] <= max(epochs) + 3
     assert shown["gradient_rounds"]["averaged"] > 0
@@ -66,7 +67,7 @@ def test_a_killed_worker_is_restarted_and_catches_up(swarm: Swarm) -> None:
     children = worker.children(recursive=True)
     assert {child.name() for child in children} >= {"p2pd"}
     worker.kill()
-    wait_until(lambda: not any(is_running(child) for child in children), "its children are gone", GONE_SECONDS)
+    until(lambda: not any(is_running(child.pid) for child in children), "its children are gone", GONE_SECONDS)
     (restarting,) = victim.wait_for("restarting", since=since)
     assert restarting["exit_code"] == -signal.SIGKILL
     victim.wait_for("ready", since=since)
@@ -79,7 +80,7 @@ def test_the_others_go_on_after_a_whole_peer_is_killed(swarm: Swarm) -> None:
     family = victim.family()
     assert len(family) >= 5  # daemon, worker, DHT, p2pd, averagers
     victim.process.kill()
-    wait_until(lambda: not any(is_running(process) for process in family), "all of it is gone", GONE_SECONDS)
+    until(lambda: not any(is_running(process.pid) for process in family), "all of it is gone", GONE_SECONDS)
     victim.process.wait()
     averages_in_a_group_of(2, others)
 
@@ -93,7 +94,7 @@ def test_one_leaves_in_good_order_and_the_rest_goes_on(swarm: Swarm, number: int
     assert monotonic() - since < 10
     (finished,) = leaver.wait_for("finished")
     assert Path(finished["checkpoint"]).exists()
-    wait_until(lambda: not any(is_running(process) for process in family), "nothing of it remains", GONE_SECONDS)
+    until(lambda: not any(is_running(process.pid) for process in family), "nothing of it remains", GONE_SECONDS)
     goes_on(other)
 
 
@@ -105,17 +106,22 @@ def test_a_second_interrupt_leaves_at_once(swarm: Swarm) -> None:
     leaver.signal(signal.SIGCONT)
     leaver.signal(signal.SIGINT)
     leaver.process.wait(10)
-    wait_until(lambda: not any(is_running(process) for process in family), "nothing of it remains", GONE_SECONDS)
+    until(lambda: not any(is_running(process.pid) for process in family), "nothing of it remains", GONE_SECONDS)
     goes_on(other)
 
 
 def test_training_goes_on_after_the_coordinators_death(swarm: Swarm) -> None:
-    volunteers = swarm.volunteers(2)
+    _, victim = volunteers = swarm.volunteers(2)
     coordinator = swarm.coordinator()
     family = coordinator.family()
     coordinator.process.kill()
     coordinator.process.wait()
-    wait_until(lambda: not any(is_running(process) for process in family), "all of it is gone", GONE_SECONDS)
+    until(lambda: not any(is_running(process.pid) for process in family), "all of it is gone", GONE_SECONDS)
+    averages_in_a_group_of(2, volunteers)
+    until((victim.log.with_suffix("") / "known_peers.json").exists, "the others' addresses are noted")
+    since = len(victim.events)
+    psutil.Process(victim.all("ready")[-1]["worker_pid"]).kill()  # and comes back by way of the other peer
+    victim.wait_for("ready", since=since)
     averages_in_a_group_of(2, volunteers)
     for volunteer in volunteers:
         volunteer.end()

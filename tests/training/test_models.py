@@ -45,7 +45,7 @@ def test_feature_width_is_known_from_the_config(depth: int, multiplier: float, w
     assert features.shape == (2, width) == (2, config.feature_width)
 
 
-@pytest.mark.parametrize(("stem", "side"), [("7x7", 1), ("3x3", 4)])
+@pytest.mark.parametrize(("stem", "side"), [("7x7", 1), ("3x3", 4), ("3x3/2", 2)])
 def test_small_stem_keeps_the_side_of_small_images(stem: str, side: int) -> None:
     sides = []
     with torch.device("meta"):

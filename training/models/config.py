@@ -15,10 +15,10 @@ class Trunk(Config):
     width_multiplier: float = Field(
         1.0, ge=1 / 64, description="factor on every layer's channels, rounded down: 2 is SwAV's RN50-w2, "
         "0.5 a small one; 1/64 leaves the first stage one channel")
-    stem: Literal["7x7", "3x3"] = Field(
+    stem: Literal["7x7", "3x3", "3x3/2"] = Field(
         "7x7", description="first convolution: 7x7 with stride 2 and a max-pool, as published, which shrinks "
         "an image's side to a quarter; or 3x3 with stride 1 and no pooling, for images of 32 to 64 pixels "
-        "(SimCLR, arXiv 2002.05709, appendix B.9)")
+        "(SimCLR, arXiv 2002.05709, appendix B.9); or 3x3/2, the same with stride 2, at a quarter of the cost")
 
     @property
     def feature_width(self) -> int:

@@ -16,8 +16,8 @@ class ResNet(nn.Module):
         super().__init__()
         block = Bottleneck if config.depth >= 50 else BasicBlock
         stem, *planes = (int(width * config.width_multiplier) for width in (64, 64, 128, 256, 512))
-        small = config.stem == "3x3"
-        self.conv1 = (nn.Conv2d(3, stem, 3, padding=1, bias=False) if small
+        small = config.stem != "7x7"
+        self.conv1 = (nn.Conv2d(3, stem, 3, stride=2 if config.stem == "3x3/2" else 1, padding=1, bias=False) if small
                       else nn.Conv2d(3, stem, 7, stride=2, padding=3, bias=False))
         self.bn1 = nn.BatchNorm2d(stem)
         self.relu = nn.ReLU(inplace=True)
