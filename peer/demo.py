@@ -86,7 +86,7 @@ async def _train(stack: AsyncExitStack, console: Console, experiment: Experiment
                   f"join link   {ready['link']}\nstarting {len(VOLUNTEERS)} volunteers …", soft_wrap=True)
     seen, rows = {name: Seen() for name in VOLUNTEERS}, _Rows(console, epochs, began)
     volunteers = [await stack.enter_async_context(_process(
-        ["join", ready["link"], "--name", name, "--threads", "1", "--batch-size", "64", *_local_ports(),
+        ["join", ready["link"], "--name", name, "--threads", "1", "--batch-size", "256", *_local_ports(),
          "--stop-at-epoch", str(epochs), "--state-dir", str(state_dir / name)], state_dir / f"{name}.log"))
         for name in VOLUNTEERS]
     async with asyncio.TaskGroup() as group:

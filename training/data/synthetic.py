@@ -37,8 +37,9 @@ def _draw(shapes: Tensor, textures: Tensor, size: int, generator: torch.Generato
     u, v = _object_coordinates(count, size * SUPERSAMPLING, generator)
     phase_u, phase_v = _uniform(count, -1, 1, generator), _uniform(count, -1, 1, generator)
     inside, marked = _select(_shapes(u, v), shapes), _select(_textures(u + phase_u, v + phase_v), textures)
-    body, marks, ground = _paints(count, size * SUPERSAMPLING, generator)
-    image = torch.where(inside, torch.where(marked, marks, body), ground)
+    body, marks, ground = _colours(count, generator)
+    background = _background(ground, size * SUPERSAMPLING, generator)
+    image = torch.where(inside, torch.where(marked, marks, body), background)
     noise = 0.03 * torch.randn(count, 3, size, size, generator=generator)
     return ((avg_pool2d(image, SUPERSAMPLING) + noise).clamp(0, 1) * 255).round().to(torch.uint8)
 
@@ -46,7 +47,7 @@ def _draw(shapes: Tensor, textures: Tensor, size: int, generator: torch.Generato
 def _object_coordinates(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Coordinates [N, 1, size, size] of every sample in the object's own frame, where it reaches from -1 to 1."""
     y, x = torch.meshgrid(*[torch.linspace(-1, 1, size)] * 2, indexing="ij")
-    radius = _uniform(count, 0.5, 0.75, generator)
+    radius = _uniform(count, 0.6, 0.9, generator)
     room = 1 - radius
     x = x - room * _uniform(count, -1, 1, generator)
     y = y - room * _uniform(count, -1, 1, generator)
@@ -70,19 +71,19 @@ def _textures(u: Tensor, v: Tensor) -> list[Tensor]:
     return [plain, along > 0, across * along > 0, torch.minimum(across, along) > -0.3]
 
 
-def _paints(count: int, size: int, generator: torch.Generator) -> list[Tensor]:
-    """Of body, marks and background, [N, 3, size, size] each: smooth patches of any colour.
+def _colours(count: int, generator: torch.Generator) -> Tensor:
+    """Of body, marks and background, [3, N, 3, 1, 1]: any tint; body and marks light and dark, or the reverse."""
+    sign = torch.randint(0, 2, (count,), generator=generator) * 2.0 - 1
+    lightness = 0.5 + 0.4 * torch.stack([sign, -sign, torch.zeros(count)])
+    tint = torch.rand(3, count, 3, generator=generator) - 0.5
+    tint = tint - tint.mean(dim=2, keepdim=True)
+    return (lightness[..., None] + 0.6 * tint).clamp(0, 1)[..., None, None]
 
-    Body and marks are light and dark, or the reverse, and the background lies between.
-    """
-    sign = torch.randint(0, 2, (count, 1, 1, 1), generator=generator) * 2.0 - 1
-    return [_patches(count, size, 0.5 + lightness, generator) for lightness in (0.4 * sign, -0.4 * sign, 0 * sign)]
 
-
-def _patches(count: int, size: int, lightness: Tensor, generator: torch.Generator) -> Tensor:
-    tint = torch.rand(count, 3, 4, 4, generator=generator) - 0.5
-    paint = lightness + 0.6 * (tint - tint.mean(dim=1, keepdim=True)) + 0.1*torch.randn(count,1,4,4,generator=generator)
-    return interpolate(paint, size=(size, size), mode="bilinear", align_corners=True)
+def _background(ground: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Its colour [N, 3, 1, 1] with smooth blotches, [N, 3, size, size]."""
+    blotches = 0.15 * torch.randn(len(ground), 3, 4, 4, generator=generator)
+    return ground + interpolate(blotches, size=(size, size), mode="bilinear", align_corners=True)
 
 
 def _select(options: list[Tensor], which: Tensor) -> Tensor:
