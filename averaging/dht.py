@@ -23,6 +23,8 @@ from averaging.runtime import libp2p_sockets, make_runtime_dir, remove_libp2p_so
 class DHT(hivemind.DHT):  # type: ignore[misc]  # hivemind is untyped
     """hivemind.DHT whose process and libp2p daemon die with their parents (stock ones stay behind)."""
 
+    _p2pd: psutil.Process | None = None
+
     def run(self) -> None:
         """The child's main: as hivemind's, after tying our life, and p2pd's, to the parent's."""
         die_with_parent(self._parent_pid)
@@ -34,8 +36,11 @@ class DHT(hivemind.DHT):  # type: ignore[misc]  # hivemind is untyped
     @property
     def is_serving(self) -> bool:
         """Whether node and libp2p daemon run. hivemind goes on without the latter, as an island."""
-        return self.is_alive() and any(child.name() == "p2pd" and child.status() != psutil.STATUS_ZOMBIE
-                                       for child in psutil.Process(self.pid).children())
+        if self._p2pd is None:
+            self._p2pd = next(child for child in psutil.Process(self.pid).children() if child.name() == "p2pd")
+        with suppress(psutil.NoSuchProcess):
+            return bool(self.is_alive() and self._p2pd.status() != psutil.STATUS_ZOMBIE)
+        return False
 
     def shutdown(self) -> None:
         """Take leave of the DHT if that works at once; nothing of the node remains, sockets included."""

@@ -19,10 +19,10 @@ from time import monotonic
 from rich.console import Console
 
 PAIRS = 5  # turns of each comparison
-WINDOW_SECONDS = 20.0  # that each measurement lasts, from the end of an epoch to the end of an epoch
-WARM_UP_EPOCHS = 3
+WINDOW_SECONDS = 12.0  # that each measurement lasts, from the end of an epoch to the end of an epoch
+WARM_UP_EPOCHS = 2
 DEADLINE_SECONDS = 180.0
-TARGET = 4096  # samples per epoch: some seconds on one core
+TARGET = 4096  # samples per epoch and peer: some seconds on one core
 
 
 @dataclass

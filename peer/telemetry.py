@@ -27,6 +27,7 @@ from training.loop import StepReport
 from training.objectives.objective import Objective
 
 PUBLISH_SECONDS = 1.0
+STEP_SECONDS = 0.1  # between two Step events, but for those that end an epoch
 REMEMBER_EVERY = 15  # publications, between two notes of who else is there
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class Telemetry:
             client_mode=job.config.client_mode, time=get_dht_time(),
             addresses=() if job.config.client_mode else tuple(map(str, dht.get_visible_maddrs()))[:8])
         self._epoch_losses: list[float] = []
+        self._sent = 0.0  # when the last Step event went, by the monotonic clock
         self._others = partial(read_records, dht, job.run_id)
         self._known_peers = job.config.known_peers
         self._publish = partial(publish_record, dht, job.run_id, key, lifetime_seconds=lifetime_seconds)
@@ -69,12 +71,10 @@ class Telemetry:
 
     def step(self, report: StepReport) -> None:
         """After every micro-batch."""
-        self._events.send(WorkerEvent(step=WorkerEvent.Step(
-            epoch=report.epoch, local_step=report.local_step, samples_total=report.samples_total,
-            samples_accumulated=report.samples_accumulated, swarm_samples=report.swarm_samples,
-            swarm_peers=report.swarm_peers, samples_per_second=report.samples_per_second, loss=report.loss,
-            metrics=report.metrics)))
-        self._tell_skipped()
+        if report.updated or time.monotonic() - self._sent >= STEP_SECONDS:
+            self._sent = time.monotonic()
+            self._send_step(report)
+            self._tell_skipped()
         self._epoch_losses.append(report.loss)
         loss = self._record.loss
         if report.epoch != self._record.epoch:
@@ -82,6 +82,13 @@ class Telemetry:
             self._epoch_losses.clear()
         self._update(state="training", epoch=report.epoch, samples_accumulated=report.samples_accumulated, loss=loss,
                      samples_total=report.samples_total, samples_per_second=report.samples_per_second)
+
+    def _send_step(self, report: StepReport) -> None:
+        self._events.send(WorkerEvent(step=WorkerEvent.Step(
+            epoch=report.epoch, local_step=report.local_step, samples_total=report.samples_total,
+            samples_accumulated=report.samples_accumulated, swarm_samples=report.swarm_samples,
+            swarm_peers=report.swarm_peers, samples_per_second=report.samples_per_second, loss=report.loss,
+            metrics=report.metrics)))
 
     def _tell_skipped(self) -> None:
         told = self._skipped

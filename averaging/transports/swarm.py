@@ -151,13 +151,23 @@ class Averager(DecentralizedAverager):  # type: ignore[misc]  # hivemind is unty
 
 
 class GradAverager(Averager, GradientAverager):  # type: ignore[misc]  # hivemind is untyped
-    """hivemind's GradientAverager that weighs every micro-batch by its samples."""
+    """hivemind's GradientAverager that weighs every micro-batch by its samples, and adds it up in one call."""
+
+    _anchor_batch_size: int | None
+
+    @torch.no_grad()
+    def accumulate_grads_(self, batch_size: int) -> None:
+        """Add the parameters' gradients, means over `batch_size` samples, to what this epoch has gathered."""
+        self._anchor_batch_size = self._anchor_batch_size or batch_size
+        self.local_samples_accumulated += batch_size
+        self.local_times_accumulated += 1
+        torch._foreach_add_(list(self._grad_accumulators()), list(self._grads_from_parameters()),
+                            alpha=batch_size / self._anchor_batch_size)
 
     @torch.no_grad()
     def load_accumulators_into_averager_(self) -> None:
         """Put the sample-weighted mean of the accumulated gradients where the next round averages them."""
-        # accumulate_grads_ scales batch i by b_i / b_0; stock divides by the number of batches, which is the mean
-        # only where all are of one size
+        # batch i counts b_i / b_0; stock divides by the number of batches, the mean only where all are of one size
         scale = self._anchor_batch_size / self.local_samples_accumulated if self.local_samples_accumulated else 0.0
         with self.get_tensors() as averaged:
             for accumulated, mean in zip(self._grad_accumulators(), averaged, strict=True):
