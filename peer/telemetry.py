@@ -26,9 +26,9 @@ from training.data.sources import Source
 from training.loop import StepReport
 from training.objectives.objective import Objective
 
-PUBLISH_SECONDS = 1.0
+PUBLISH_SECONDS = 2.0
 STEP_SECONDS = 0.1  # between two Step events, but for those that end an epoch
-REMEMBER_EVERY = 15  # publications, between two notes of who else is there
+REMEMBER_EVERY = 10  # publications, between two notes of who else is there
 log = logging.getLogger(__name__)
 
 
@@ -138,7 +138,7 @@ class Telemetry:
                 if all(is_alive() for is_alive in self._vital):
                     self._publish(replace(record, time=get_dht_time()))
                     published += 1
-                    if published % REMEMBER_EVERY == 5:
+                    if published % REMEMBER_EVERY == 3:
                         self._remember_others()
                     continue
             except OSError:  # the pipe to the DHT's process broke just now

@@ -85,7 +85,7 @@ class Swarm:
         self.folder, self._recipe, self._overrides = folder, recipe, list(overrides)
         self._coordinator: Covey | None = None
         self._volunteers: list[Covey] = []
-        self._started = 0
+        self._all: list[Covey] = []  # ever started
         self._ports = ["0", "0", "0"]
 
     def coordinator(self) -> Covey:
@@ -116,13 +116,12 @@ class Swarm:
 
     def join(self, *more: str, name: str | None = None) -> Covey:
         """One more volunteer, not waited for."""
-        self._started += 1
-        name = name or f"volunteer{self._started}"
-        return Covey(["join", self.link, "--name", name, "--listen", "127.0.0.1", "--port", "0", "--http-port", "0",
-                      "--threads", "1", "--batch-size", "32", "--state-dir", str(self.folder / name), *more],
-                     self.folder / f"{name}.log")
+        name = name or f"volunteer{len(self._all) + 1}"
+        self._all.append(Covey(
+            ["join", self.link, "--name", name, "--listen", "127.0.0.1", "--port", "0", "--http-port", "0", "--threads",
+             "1", "--batch-size", "32", "--state-dir", str(self.folder / name), *more], self.folder / f"{name}.log"))
+        return self._all[-1]
 
     def close(self) -> None:
-        for one in [*self._volunteers, self._coordinator]:
-            if one is not None:
-                one.end()
+        for one in [*self._all, *([self._coordinator] if self._coordinator else [])]:
+            one.end()

@@ -56,7 +56,7 @@ def test_train_and_val_share_no_image(splits: tuple[Source, Source]) -> None:
 
 
 def test_colour_tells_nothing(splits: tuple[Source, Source]) -> None:
-    """k-NN on the mean and deviation of each channel stays near one in sixteen."""
+    """k-NN on the mean of each channel stays near one in sixteen."""
     def coloured(split: Source) -> MemorySource:
         images = split.images(range(len(split))).float()
         return MemorySource(images.mean(dim=(2, 3), keepdim=True).to(torch.uint8), split.labels)
