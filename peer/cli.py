@@ -149,7 +149,7 @@ def status(link: Annotated[str | None, typer.Argument(
     """This machine's peers, or a coordinator's swarm."""
     from coordinator.link import parse_link
     from peer.watch import show
-    _run(show(parse_link(link) if link else None, watch=watch, as_json=as_json))
+    raise typer.Exit(_run(show(parse_link(link) if link else None, watch=watch, as_json=as_json)))
 
 
 @app.command()

@@ -154,23 +154,27 @@ async def _follow(name: str, process: asyncio.subprocess.Process, seen: Seen, ro
 
 
 class _Rows:
-    """A line per collaborative epoch, printed once both volunteers have told of it."""
+    """A line per collaborative epoch, printed once every volunteer has told of it or of a later one."""
 
     def __init__(self, console: Console, epochs: int, began: float) -> None:
         self._console, self._epochs, self._began = console, epochs, began
-        self._told: dict[int, dict[str, Row]] = {}
+        self._told: dict[int, list[Row]] = {}
+        self._latest = dict.fromkeys(VOLUNTEERS, 0)
 
     def add(self, name: str, row: Row) -> None:
-        told = self._told.setdefault(row["epoch"], {})
-        told[name] = row
-        if len(told) == len(VOLUNTEERS):
-            both = told.values()
-            self._console.print(
-                f"epoch {row['epoch']:>3}/{self._epochs}  {sum(r['own_samples'] for r in both):>5} samples  "
-                f"{max(r['peers'] for r in both)} peers  group of {max(r['group_size'] for r in both)}  "
-                f"loss {sum(r['loss'] for r in both) / len(both):6.4f}  "
-                f"{sum(r['samples_per_second'] for r in both):7.1f} samples/s  {monotonic() - self._began:5.0f} s",
-                soft_wrap=True)
+        """`name` has told of `row`; an earlier one that it hasn't told of it passed by, downloading the state."""
+        self._told.setdefault(row["epoch"], []).append(row)
+        self._latest[name] = row["epoch"]
+        for epoch in sorted(epoch for epoch in self._told if epoch <= min(self._latest.values())):
+            self._print(epoch, self._told.pop(epoch))
+
+    def _print(self, epoch: int, rows: list[Row]) -> None:
+        self._console.print(
+            f"epoch {epoch:>3}/{self._epochs}  {sum(row['own_samples'] for row in rows):>5} samples  "
+            f"{len(rows)} peer{'s' * (len(rows) > 1)}  group of {max(row['group_size'] for row in rows)}  "
+            f"loss {sum(row['loss'] for row in rows) / len(rows):6.4f}  "
+            f"{sum(row['samples_per_second'] for row in rows):7.1f} samples/s  {monotonic() - self._began:5.0f} s",
+            soft_wrap=True)
 
 
 def _summary(console: Console, experiment: Experiment, seen: dict[str, Seen], epochs: int) -> int:

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -19,11 +21,30 @@ from proto.coordinator_pb2_grpc import CoordinatorStub
 from training.errors import BadInput
 
 INTERVAL_SECONDS = 1.0
+CLOSING_SECONDS = 1.0
+INTERRUPTED = 130  # the shell's 128 + SIGINT
 View = tuple[dict[str, Any], RenderableType]  # for programs, and for people
 
 
-async def show(link: Link | None, *, watch: bool, as_json: bool) -> None:
-    """Print the swarm behind `link`, or without one this machine's peers. Raises BadInput."""
+async def show(link: Link | None, *, watch: bool, as_json: bool) -> int:
+    """Print the swarm behind `link`, or without one this machine's peers; the exit code. Raises BadInput."""
+    interrupted = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupted.set)
+    showing = asyncio.create_task(_show(link, watch=watch, as_json=as_json))
+    stop = asyncio.create_task(interrupted.wait())
+    await asyncio.wait({showing, stop}, return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    if showing.done():
+        showing.result()
+        return 0
+    showing.cancel()  # gives the terminal back
+    await asyncio.wait({showing}, timeout=CLOSING_SECONDS)
+    if not showing.done():  # gRPC has been seen to sit on a cancelled stream; there is nothing else to put in order
+        os._exit(INTERRUPTED)
+    return INTERRUPTED
+
+
+async def _show(link: Link | None, *, watch: bool, as_json: bool) -> None:
     views = _swarm(link, watch) if link else _peers(watch)
     console = Console()
     if as_json:

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -134,7 +135,7 @@ def test_truncated_checkpoint_is_refused_and_passed_over(
     assert "truncated or changed" in complaint(bad)
     assert newest_checkpoint(tmp_path) == good
     told = [record for record in caplog.records if record.name == "training.checkpoint"]
-    assert [record.levelname for record in told] == ["WARNING"]
+    assert [record.levelno for record in told] == [logging.WARNING]  # hivemind renames the levels
     assert bad.name in caplog.text
 
 
