@@ -61,6 +61,14 @@ def test_a_late_joiner_downloads_the_state_and_averages_with_the_others(swarm: S
     averages_in_a_group_of(3, volunteers)
 
 
+def test_a_volunteer_that_accepts_no_connections_takes_part_all_the_same(swarm: Swarm) -> None:
+    (host,) = swarm.volunteers(1)
+    guest = swarm.join("--client-mode")
+    guest.wait_for("ready")
+    averages_in_a_group_of(2, [guest, host])
+    guest.end()
+
+
 def test_a_killed_worker_is_restarted_and_catches_up(swarm: Swarm) -> None:
     victim, other = swarm.volunteers(2)
     since, worker = len(victim.events), psutil.Process(victim.all("ready")[-1]["worker_pid"])
