@@ -5,6 +5,8 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from training.errors import BadInput
@@ -47,3 +49,19 @@ def libp2p_sockets(identity_path: Path) -> Path:
 def remove_libp2p_sockets(identity_path: Path) -> None:
     """Remove what a node with this identity may have left; none may run."""
     shutil.rmtree(libp2p_sockets(identity_path), ignore_errors=True)
+
+
+@contextmanager
+def scratch_dir(state: Path) -> Iterator[Path]:
+    """An empty folder for the temporary files of the processes that work on `state`; removed with the context.
+
+    Processes that are killed leave such files behind: multiprocessing's and torch's shared memory are two.
+    """
+    make_runtime_dir()
+    path = runtime_path(state, ".tmp")
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(mode=0o700)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)

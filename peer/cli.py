@@ -74,7 +74,8 @@ def covey(version: Annotated[bool, typer.Option(
 
 
 @app.command()
-def demo(epochs: Annotated[int | None, typer.Option(
+def demo(overrides: Overrides = None,
+         epochs: Annotated[int | None, typer.Option(
              min=1, help="collaborative epochs; default: as many as the recipe is made for")] = None,
          state_dir: Annotated[Path | None, typer.Option(
              help="folder for logs and checkpoints; default: a new temporary one")] = None) -> None:
@@ -82,7 +83,8 @@ def demo(epochs: Annotated[int | None, typer.Option(
     from tempfile import mkdtemp
 
     from peer.demo import run_demo
-    raise typer.Exit(_run(run_demo(epochs=epochs, state_dir=state_dir or Path(mkdtemp(prefix="covey-demo-")))))
+    state_dir = state_dir or Path(mkdtemp(prefix="covey-demo-"))
+    raise typer.Exit(_run(run_demo(overrides or [], epochs=epochs, state_dir=state_dir)))
 
 
 @app.command()

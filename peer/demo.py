@@ -40,13 +40,13 @@ class Failed(Exception):
     """The demo can't be what it should: one line, exit code 1."""
 
 
-async def run_demo(*, epochs: int | None, state_dir: Path) -> int:
-    """Train the recipe "demo" for `epochs` collaborative epochs (None: the recipe's max_epochs); the exit code.
+async def run_demo(overrides: Sequence[str], *, epochs: int | None, state_dir: Path) -> int:
+    """Train the recipe "demo" with `overrides` for `epochs` collaborative epochs (None: its max_epochs); the exit code.
 
     0 only if both volunteers averaged in groups of two and end with equal parameters. Whatever it starts ends
     with it, however it ends.
     """
-    console, experiment = Console(highlight=False), load_experiment("demo")
+    console, experiment = Console(highlight=False), load_experiment("demo", overrides)
     epochs = epochs or experiment.optimizer.max_epochs
     _require_empty(state_dir)
     interrupted = asyncio.Event()
@@ -54,7 +54,7 @@ async def run_demo(*, epochs: int | None, state_dir: Path) -> int:
         asyncio.get_running_loop().add_signal_handler(number, interrupted.set)
     try:
         async with AsyncExitStack() as stack:
-            training = asyncio.ensure_future(_train(stack, console, experiment, epochs, state_dir))
+            training = asyncio.ensure_future(_train(stack, console, overrides, epochs, state_dir))
             stop = asyncio.ensure_future(interrupted.wait())
             await asyncio.wait({training, stop}, return_when=asyncio.FIRST_COMPLETED, timeout=TRAIN_SECONDS)
             stop.cancel()
@@ -74,13 +74,13 @@ def _require_empty(state_dir: Path) -> None:
                        mend="Choose another with --state-dir, or leave it out.")
 
 
-async def _train(stack: AsyncExitStack, console: Console, experiment: Experiment, epochs: int,
+async def _train(stack: AsyncExitStack, console: Console, overrides: Sequence[str], epochs: int,
                  state_dir: Path) -> dict[str, Seen]:
     began = monotonic()
     console.print("starting a coordinator …")
     coordinator = await stack.enter_async_context(_process(
-        ["coordinator", "demo", *_local_ports("--grpc-port"), "--state-dir", str(state_dir / "coordinator")],
-        state_dir / "coordinator.log"))
+        ["coordinator", "demo", *overrides, *_local_ports("--grpc-port"),
+         "--state-dir", str(state_dir / "coordinator")], state_dir / "coordinator.log"))
     ready = await _first(coordinator, "ready")
     console.print(f"status page {ready['dashboard_url']}\nmetrics     {ready['metrics_url']}\n"
                   f"join link   {ready['link']}\nstarting {len(VOLUNTEERS)} volunteers …", soft_wrap=True)

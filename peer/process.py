@@ -28,8 +28,10 @@ class Worker:
         return await self.process.wait()
 
 
-async def start_worker(command: Sequence[str], log: Path) -> Worker:
+async def start_worker(command: Sequence[str], log: Path, scratch: Path) -> Worker:
     """Run `command --events-fd N --parent-pid PID`, its output appended to `log`. Call from the main thread.
+
+    `scratch` is the folder of its temporary files.
 
     The session of its own keeps the terminal's Ctrl-C from it, and makes one group of all that it starts.
     Should this process die, the worker does by `die_with_parent`, and its children do likewise.
@@ -40,7 +42,7 @@ async def start_worker(command: Sequence[str], log: Path) -> Worker:
             process = await asyncio.create_subprocess_exec(
                 *command, "--events-fd", str(write_end), "--parent-pid", str(os.getpid()),
                 stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
-                pass_fds=[write_end], start_new_session=True)
+                env={**os.environ, "TMPDIR": str(scratch)}, pass_fds=[write_end], start_new_session=True)
     except BaseException:
         os.close(read_end)
         raise

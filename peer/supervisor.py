@@ -5,9 +5,10 @@ import signal
 import time
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from averaging.runtime import remove_libp2p_sockets
+from averaging.runtime import remove_libp2p_sockets, scratch_dir
 from peer.events import read_events
 from peer.job import Job
 from peer.process import Worker, start_worker
@@ -87,7 +88,11 @@ class Supervisor:
 
     async def _work(self) -> int:
         forget_worker(self.status)
-        worker = await start_worker(self._command, self._log)
+        with scratch_dir(self._identity_path) as scratch:
+            return await self._work_in(scratch)
+
+    async def _work_in(self, scratch: Path) -> int:
+        worker = await start_worker(self._command, self._log, scratch)
         self.status.worker_pid = worker.process.pid
         finished = asyncio.Event()
         reading = asyncio.create_task(self._read(worker.events_fd, finished))

@@ -11,6 +11,7 @@ import argparse
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -38,6 +39,8 @@ def main() -> None:
     if arguments.behaviour == "refuse":
         events.send(WorkerEvent(refused=WorkerEvent.Refused(message="no such device; expected a GPU. Buy one.")))
         sys.exit(2)
+    with tempfile.NamedTemporaryFile(delete=False) as left_behind:
+        (arguments.state_dir / "left_behind").write_text(left_behind.name)
     bound, loose = child(dies_with_us=True), child(dies_with_us=False)
     (arguments.state_dir / "pids").write_text(f"{os.getpid()}\n{bound}\n{loose}\n")
     epochs = 3 if arguments.behaviour in {"finish", "linger"} else 10**6

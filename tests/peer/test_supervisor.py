@@ -141,6 +141,21 @@ def test_a_killed_worker_s_children_are_gone_and_another_worker_trains(tmp_path:
     scene.family_is_gone()
 
 
+def test_what_a_worker_leaves_in_its_temporary_folder_goes_with_it(tmp_path: Path) -> None:
+    left_behind: list[Path] = []
+
+    async def kill_then_leave(scene: Scene) -> None:
+        await scene.training()
+        left_behind.append(Path((tmp_path / "left_behind").read_text()))
+        assert left_behind[0].exists()
+        os.kill(worker_pids(tmp_path)[0], signal.SIGKILL)
+        await scene.until(lambda: not left_behind[0].exists(), "the killed worker's file gone")
+        scene.supervisor.leave.set()
+
+    Scene(tmp_path, "train").play(kill_then_leave)
+    assert not left_behind[0].parent.exists()
+
+
 def test_leaving_waits_for_the_worker_s_last_word(tmp_path: Path) -> None:
     scene = Scene(tmp_path, "train")
     assert scene.play(leave) == Ending(0)

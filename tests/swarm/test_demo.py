@@ -9,12 +9,13 @@ from pathlib import Path
 import psutil
 from processes import is_running, until
 
+from averaging.experiment import parse
 from training.checkpoint import read_checkpoint
 
 
-def start(folder: Path, epochs: int) -> "subprocess.Popen[str]":
-    return subprocess.Popen([sys.executable, "-m", "peer.cli", "demo", "--epochs", str(epochs), "--state-dir",
-                             str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+def start(folder: Path, epochs: int, *overrides: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen([sys.executable, "-m", "peer.cli", "demo", *overrides, "--epochs", str(epochs),
+                             "--state-dir", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             start_new_session=True)
 
 
@@ -30,7 +31,7 @@ def read_until(demo: "subprocess.Popen[str]", pattern: str) -> str:
 
 
 def test_the_demo_ends_with_equal_parameters_and_a_checkpoint(tmp_path: Path) -> None:
-    demo = start(tmp_path / "demo", epochs=16)
+    demo = start(tmp_path / "demo", 16, "loss.temperature=0.25")
     said = read_until(demo, r"epoch +\d+/16")
     family = psutil.Process(demo.pid).children(recursive=True)
     assert demo.stdout is not None
@@ -42,7 +43,9 @@ def test_the_demo_ends_with_equal_parameters_and_a_checkpoint(tmp_path: Path) ->
         assert promised in said, said
     assert len(set(re.findall(r"(?:ada|grace): parameters *│ ([0-9a-f]{16})", said))) == 1, said
     (checkpoint,) = re.findall(r"checkpoint (\S+)", said)
-    assert read_checkpoint(Path(checkpoint)).epoch == 16
+    written = read_checkpoint(Path(checkpoint))
+    assert written.epoch == 16
+    assert parse(written.experiment).model_dump()["loss"]["temperature"] == 0.25
     until(lambda: not any(is_running(process.pid) for process in family), "nothing of it runs", 5)
 
 
