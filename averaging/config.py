@@ -1,6 +1,7 @@
 """How peers agree: options of `averaging.*`. DeDLOC's and hivemind's names are kept."""
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -40,6 +41,34 @@ class Averaging(Config):
         3.0, gt=0, description="seconds between two readings while no other peer is known")
     max_refresh_period: float = Field(
         10.0, gt=0, description="seconds at most between two readings of the swarm's progress")
+
+    refused: ClassVar[Mapping[str, str]] = {
+        "exp_prefix": "The run id is made of the recipe's `name` and the experiment's fingerprint: set `name`.",
+        "run_id": "The run id is made of the recipe's `name` and the experiment's fingerprint: set `name`.",
+        "dht_initial_peers": "The join link carries them.",
+        "initial_peers": "The join link carries them.",
+        "dht_listen_on_port": "Each volunteer's own: `covey join --port`.",
+        "averager_listen_on_port": "Averaging and DHT share one port: `covey join --port`.",
+        "topology": "It belongs to the strategy gossip, which this version does not have.",
+        **dict.fromkeys(("local_steps", "initial_steps", "initial_step_method"),
+                        "It belongs to the strategy local_sgd, which this version does not have."),
+    }
+
+    @model_validator(mode="before")
+    @classmethod
+    def _target_in_steps(cls, tree: Any) -> Any:
+        """DeDLOC's way to say target_batch_size: total_steps_in_epoch times batch_size_for_tracking."""
+        if not isinstance(tree, dict) or not {"total_steps_in_epoch", "batch_size_for_tracking"} & tree.keys():
+            return tree
+        tree = dict(tree)
+        steps, batch = tree.pop("total_steps_in_epoch", None), tree.pop("batch_size_for_tracking", None)
+        if not all(isinstance(number, int) and number > 0 for number in (steps, batch)):
+            raise ValueError("total_steps_in_epoch and batch_size_for_tracking together, both above 0: their product "
+                             "is target_batch_size")
+        if tree.setdefault("target_batch_size", steps * batch) != steps * batch:
+            raise ValueError(f"target_batch_size = {steps * batch}, as total_steps_in_epoch x batch_size_for_tracking "
+                             f"= {steps} x {batch} says, not {tree['target_batch_size']}; one of the two is enough")
+        return tree
 
     @model_validator(mode="after")
     def _rounds_outlive_lost_parts(self) -> Self:

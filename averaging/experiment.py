@@ -2,23 +2,51 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+from pydantic import Field, model_validator
 
 from averaging.config import Averaging
-from training.config import override, read_recipe, validate
+from training.config import nearest, override, read_recipe, validate
 from training.errors import BadInput
-from training.recipe import Training
+from training.recipe import ClassificationTraining, SwavTraining, Training
 
 
 class Experiment(Training):
     """One experiment: everything that changes what is learned, nothing that one volunteer decides."""
 
-    averaging: Averaging
+    averaging: Averaging = Field(description="how peers agree")
+
+    @model_validator(mode="after")
+    def _rates_are_in_order(self) -> Self:
+        self.optimizer.require_order(self.averaging.target_batch_size)
+        return self
+
+
+class SwavExperiment(SwavTraining, Experiment):
+    """SwAV, with how peers agree."""
+
+
+class ClassificationExperiment(ClassificationTraining, Experiment):
+    """Supervised classification, with how peers agree."""
+
+
+KINDS: dict[str, type[Experiment]] = {"swav": SwavExperiment, "classification": ClassificationExperiment}
 
 
 def load_experiment(recipe: str, overrides: Sequence[str] = ()) -> Experiment:
     """The recipe with overrides laid over it, validated. Raises BadInput."""
-    return validate(Experiment, override(read_recipe(recipe), overrides))
+    return experiment_of(override(read_recipe(recipe), overrides))
+
+
+def experiment_of(tree: Mapping[str, Any]) -> Experiment:
+    """`tree` as an experiment of the objective that it names. Raises BadInput."""
+    objective = tree.get("objective", "swav")
+    if objective not in KINDS:
+        raise BadInput(f"objective = {objective!r}", expected=f"one of {', '.join(KINDS)}",
+                       mend=nearest(str(objective), list(KINDS)) or "Change it.")
+    return validate(KINDS[objective], tree)
 
 
 def canonical(experiment: Experiment) -> bytes:
@@ -36,7 +64,7 @@ def parse(document: bytes) -> Experiment:
     if not isinstance(tree, dict):
         raise BadInput("an experiment that is not a JSON object", expected="the document that a coordinator "
                        "hands out", mend="Ask the operator for a fresh link.")
-    return validate(Experiment, tree)
+    return experiment_of(tree)
 
 
 def fingerprint(document: bytes) -> str:

@@ -18,6 +18,8 @@ from time import monotonic
 
 from rich.console import Console
 
+from benchmarks import data_path, step
+
 PAIRS = 3  # turns of each comparison
 WINDOW_SECONDS = 12.0  # that each measurement lasts, from the end of an epoch to the end of an epoch
 WARM_UP_EPOCHS = 1
@@ -116,6 +118,8 @@ def main() -> None:
                   f"one thread each, {PAIRS} turns", soft_wrap=True)
     for lanes in (1, 2):
         compare(lanes, console)
+    data_path.compare(console)
+    step.main()
 
 
 if __name__ == "__main__":

@@ -6,27 +6,33 @@ Prints a JSON line per update, as `covey join --json` does per collaborative epo
 import json
 import sys
 import time
+from functools import partial
 
 import torch
 
 from averaging.experiment import load_experiment
 from training.data.batches import batches
-from training.data.sources import open_source
+from training.data.open import open_source
 from training.data.views import Views
 from training.loop import LocalStepper, StepReport, train
 from training.objectives.objective import build_objective
 from training.optimizers.build import build_optimizer
+from training.precision import Precision
+from training.tuning import keep_memory, lay_out
 
 BATCH = 64
 
 
 def main() -> None:
     """Train until killed."""
+    keep_memory()
     torch.set_num_threads(1)
     experiment = load_experiment(sys.argv[1], sys.argv[2:])
-    objective = build_objective(experiment)
-    stepper = LocalStepper(build_optimizer(experiment.optimizer, objective.parameters()),
-                           experiment.averaging.target_batch_size)
+    cpu, key, transforms = torch.device("cpu"), f"bench/{time.time_ns()}", experiment.data.transforms
+    objective = build_objective(experiment, batch_size=BATCH)
+    precision = Precision(experiment.model.amp, cpu, objective.parameters())
+    lay_out(objective, "auto", transforms.size_crops, cpu, precision)
+    stepper = LocalStepper(build_optimizer(experiment.optimizer, objective), experiment.averaging.target_batch_size)
     told = 0
 
     def report(step: StepReport) -> None:
@@ -35,8 +41,9 @@ def main() -> None:
             print(json.dumps({"event": "epoch", "own_samples": step.samples_total - told}), flush=True)
             told = step.samples_total
 
-    train(objective, batches(open_source(experiment.data, None, "train"), BATCH, identity="bench", run=time.time_ns()),
-          Views(experiment.data.transforms, seed=0), stepper, report=report, should_stop=lambda _: False)
+    images = batches(open_source(experiment.data, None, "train"), transforms, BATCH, key=key)
+    train(objective, images, partial(Views(transforms, key), device=cpu), stepper, precision, report=report,
+          should_stop=lambda _: False)
 
 
 if __name__ == "__main__":

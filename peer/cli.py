@@ -12,11 +12,16 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from peer.config import PeerConfig
+from peer.options import options_of
+from peer.run_config import RunConfig
+from training.data.manifest import Packing
 from training.errors import BadInput
 
 Result = TypeVar("Result")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+shards = typer.Typer(no_args_is_help=True, help="Images as WebDataset tar shards.")
+app.add_typer(shards, name="shards")
 
 
 def main() -> None:
@@ -45,12 +50,6 @@ def _run(work: Coroutine[Any, Any, Result]) -> Result:
         return runner.run(work)
 
 
-def _peer_option(field: str, *flags: str) -> Any:
-    info = PeerConfig.model_fields[field]
-    shown = "" if info.is_required() or info.default in {None, False} else f"; default {info.default}"
-    return typer.Option(*flags, help=f"{info.description}{shown}", show_default=False)
-
-
 def _show_version(wanted: bool) -> None:
     if wanted:
         from averaging.version import VERSION
@@ -62,9 +61,10 @@ RecipeName = Annotated[str, typer.Argument(help="A recipe that `covey recipes` l
 Overrides = Annotated[list[str] | None, typer.Argument(
     metavar="[KEY=VALUE]...", help="Laid over the recipe, as in loss.temperature=0.2.")]
 JoinLink = Annotated[str, typer.Argument(metavar="LINK", help="What `covey coordinator` printed.")]
+CheckpointPath = Annotated[Path, typer.Argument(help="A checkpoint, or a folder, for its newest one.")]
 Json = Annotated[bool, typer.Option("--json", help="For programs: one JSON object per line.")]
-DataFolder = Annotated[Path | None, _peer_option("data", "--data")]
-StateDir = Annotated[Path | None, _peer_option("state_dir", "--state-dir")]
+DataFolder = Annotated[Path | None, typer.Option("--data", help="Folder of images, where the experiment asks for one.")]
+StateDir = Annotated[Path | None, typer.Option("--state-dir", help="The peer's; default: that of the only one here.")]
 
 
 @app.callback()
@@ -111,33 +111,15 @@ def coordinator(
 
 
 @app.command()
-def join(link: JoinLink, data: DataFolder = None, state_dir: StateDir = None,
-         name: Annotated[str | None, _peer_option("name", "--name")] = None,
-         batch_size: Annotated[int | None, _peer_option("batch_size", "--batch-size")] = None,
-         device: Annotated[str | None, _peer_option("device", "--device")] = None,
-         threads: Annotated[int | None, _peer_option("threads", "--threads")] = None,
-         listen: Annotated[str | None, _peer_option("listen", "--listen")] = None,
-         port: Annotated[int | None, _peer_option("port", "--port")] = None,
-         http_port: Annotated[int | None, _peer_option("http_port", "--http-port")] = None,
-         client_mode: Annotated[bool | None, _peer_option("client_mode", "--client-mode")] = None,
-         stop_at_epoch: Annotated[int | None, _peer_option("stop_at_epoch", "--stop-at-epoch")] = None,
-         checkpoint_every_epochs: Annotated[
-             int | None, _peer_option("checkpoint_every_epochs", "--checkpoint-every-epochs")] = None,
-         keep_last_checkpoints: Annotated[
-             int | None, _peer_option("keep_last_checkpoints", "--keep-last-checkpoints")] = None,
-         as_json: Json = False) -> None:
+@options_of(PeerConfig, inferred=("name", "state_dir"))
+def join(link: JoinLink, as_json: Json = False, **given: Any) -> None:
     """Volunteer this machine. Runs until Ctrl-C, which leaves in good order; twice leaves at once."""
     from coordinator.link import parse_link
     from peer.daemon import volunteer
     from peer.progress import progress
-    given = {"data": data and data.expanduser().absolute(), "state_dir": state_dir, "name": name,
-             "batch_size": batch_size, "device": device, "threads": threads, "listen": listen, "port": port,
-             "http_port": http_port, "client_mode": client_mode, "stop_at_epoch": stop_at_epoch,
-             "checkpoint_every_epochs": checkpoint_every_epochs, "keep_last_checkpoints": keep_last_checkpoints}
-    options = {field: value for field, value in given.items() if value is not None}
     where = parse_link(link)
     with progress(as_json) as observer:
-        ending = _run(volunteer(where, options, observer))
+        ending = _run(volunteer(where, given, observer))
     if ending.message:
         _fail(ending.message, ending.exit_code)
     raise typer.Exit(ending.exit_code)
@@ -163,18 +145,71 @@ def leave(state_dir: StateDir = None) -> None:
 
 
 @app.command()
-def evaluate(checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a folder, for its newest one.")],
-             data: DataFolder = None, as_json: Json = False) -> None:
-    """k-NN accuracy of a checkpoint's backbone."""
+@options_of(RunConfig, stop_at_epoch="--epochs")
+def train(recipe: RecipeName, overrides: Overrides = None, as_json: Json = False, **given: Any) -> None:
+    """Train on this machine alone, without a swarm. Ctrl-C leaves a checkpoint, from which the same command goes on."""
+    from averaging.experiment import load_experiment
+    from training.config import validate
+    experiment = load_experiment(recipe, overrides or [])
+    config = validate(RunConfig, given)
+    from peer.train import train_alone
+    from training.loop import NonFiniteLoss
+    try:
+        train_alone(experiment, config, as_json=as_json)
+    except NonFiniteLoss as error:
+        _fail(str(error), 1)
+
+
+@app.command()
+def evaluate(checkpoint: CheckpointPath, data: DataFolder = None,
+             linear_probe: Annotated[bool, typer.Option(
+                 "--linear-probe", help="Fit a linear classifier to the backbone's features too.")] = False,
+             as_json: Json = False) -> None:
+    """k-NN accuracy of a checkpoint's backbone; of a classifier, top-1 and top-5."""
     import json
 
     from peer.evaluate import evaluate as evaluate_checkpoint
-    figures = evaluate_checkpoint(checkpoint, data)
-    if as_json:
-        print(json.dumps(figures))
-    else:
-        print(f"{figures['checkpoint']}\nepoch {figures['epoch']}, {figures['train_images']} images to compare with: "
-              f"k-NN accuracy {figures['knn_accuracy']:.1%} on {figures['val_images']} images")
+    from peer.evaluate import lines
+    figures = evaluate_checkpoint(checkpoint, data, linear_probe=linear_probe)
+    print(json.dumps(figures) if as_json else lines(figures))
+
+
+@app.command()
+def export(checkpoint: CheckpointPath,
+           file: Annotated[Path, typer.Argument(help="To write: .safetensors, or .pth by torch.save.")],
+           as_json: Json = False) -> None:
+    """Write a checkpoint's backbone, and the classifier it was trained with, in torchvision's layout."""
+    import json
+
+    from peer.export import export as export_checkpoint
+    from peer.export import lines
+    exported = export_checkpoint(checkpoint, file)
+    print(json.dumps(exported) if as_json else lines(exported))
+
+
+@app.command()
+def plot(run_dir: Annotated[Path, typer.Argument(
+             help="--run-dir of `covey train`, or --state-dir of `covey join`: any folder with a metrics.csv.")],
+         out: Annotated[Path | None, typer.Option(help="folder for the PNGs; default: the same")] = None) -> None:
+    """Loss, accuracy and throughput of a run, as PNGs."""
+    from peer.plot import plot as plot_run
+    print(*plot_run(run_dir, out), sep="\n")
+
+
+@shards.command("make")
+@options_of(Packing)
+def make_shards(
+        source: Annotated[Path, typer.Argument(help="Folder of JPEG and PNG images, as for --data.")],
+        destination: Annotated[Path, typer.Argument(help="Folder for the shards; what was cut short goes on there.")],
+        threads: Annotated[int, typer.Option(min=1, help="threads that read and shrink")] = 4,
+        as_json: Json = False, **given: Any) -> None:
+    """Pack a folder of images into tar shards, each a mix of the classes, for data.dataset=shards."""
+    import json
+    from dataclasses import asdict
+
+    from peer.shards import line, make
+    made = make(source.expanduser(), destination.expanduser(), given, threads=threads, quiet=as_json)
+    print(json.dumps(asdict(made)) if as_json else line(made, destination))
 
 
 @app.command()

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from training.config import Config
+from peer.machine_config import Machine
 
 
-class PeerConfig(Config):
+class PeerConfig(Machine):
     """Options of `covey join`: none changes what is trained, and no two volunteers need agree on one."""
 
     name: str = Field(
@@ -16,16 +16,6 @@ class PeerConfig(Config):
         "seeds the order of its data and its augmentations")
     state_dir: Path = Field(
         description="folder of this peer's identity, checkpoints, log and lock; one peer at a time")
-    data: Path | None = Field(
-        None, description="folder of this volunteer's images; none for an experiment that makes its own")
-    batch_size: int = Field(
-        32, gt=0, description="images per micro-batch: as many as the device's memory takes; what counts for "
-        "training is the swarm's averaging.target_batch_size")
-    device: str = Field(
-        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="where to train: auto (a GPU if there "
-        "is one), cpu, mps, cuda or cuda:N")
-    threads: int | None = Field(
-        None, gt=0, description="CPU threads of PyTorch; none leaves the choice to PyTorch: one per core")
     listen: str = Field(
         "0.0.0.0", description="IP address to accept other peers' connections at")  # noqa: S104
     port: int = Field(
@@ -36,12 +26,6 @@ class PeerConfig(Config):
     client_mode: bool = Field(
         False, description="accept no incoming connections, for a volunteer behind a strict firewall; others "
         "reach it through connections that it opens itself")
-    stop_at_epoch: int | None = Field(
-        None, gt=0, description="leave in good order once this collaborative epoch is reached; none: never")
-    checkpoint_every_epochs: int = Field(
-        10, gt=0, description="collaborative epochs between checkpoints; one more is written when leaving")
-    keep_last_checkpoints: int = Field(
-        3, gt=0, description="older checkpoints than this many are deleted")
 
     @field_validator("listen")
     @classmethod

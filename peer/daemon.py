@@ -22,11 +22,13 @@ from peer.enrol import Enrolment, enrol
 from peer.http import peer_app
 from peer.job import Job, write_job
 from peer.metrics import PeerMetrics
+from peer.recorder import Recorder
 from peer.supervisor import Backoff, Ending, Observer, Supervisor
 from proto.peer_pb2 import PeerStatus
 from training.config import validate
-from training.data.folder import check_data
+from training.data.checks import check_data
 from training.errors import BadInput
+from training.objectives.checks import require_queue_within, warnings
 
 BACKOFF = Backoff()
 HTTP_HOST = "127.0.0.1"
@@ -41,7 +43,8 @@ async def volunteer(link: Link, options: Mapping[str, Any], observer: Observer) 
     """
     enrolment = await enrol(link, options.get("name") or default_name(1))
     with prepare(enrolment, options) as job:
-        return await run_job(job, [observer], [sys.executable, "-m", "peer.worker"])
+        observers = [observer, Recorder(job.config.state_dir)]
+        return await run_job(job, observers, [sys.executable, "-m", "peer.worker"])
 
 
 @contextmanager
@@ -53,11 +56,14 @@ def prepare(enrolment: Enrolment, options: Mapping[str, Any]) -> Iterator[Job]:
         job = Job(run_id=enrolment.run_id, fingerprint=enrolment.fingerprint, experiment=enrolment.document,
                   initial_peers=list(enrolment.initial_peers), config=config)
         write_job(job)
+        for warning in warnings(enrolment.experiment, config.batch_size):
+            print(f"covey: {warning}", file=sys.stderr)
         yield job
 
 
 def _check(enrolment: Enrolment, config: PeerConfig) -> None:
-    check_data(enrolment.experiment.data, config.data, config.batch_size)
+    images = check_data(enrolment.experiment.data, config.data, config.batch_size, config.loader)
+    require_queue_within(enrolment.experiment, images)
     free_port(HTTP_HOST, config.http_port, "HTTP")
     if not config.client_mode:
         free_port(config.listen, config.port, "libp2p")

@@ -19,11 +19,13 @@ from rich.table import Table
 from averaging.experiment import Experiment, load_experiment
 from averaging.process import die_with_parent
 from training.errors import BadInput
+from training.optimizers.schedule import total_updates
 
 VOLUNTEERS = ("ada", "grace")
 START_SECONDS = 120.0  # until the coordinator has printed its link
 TRAIN_SECONDS = 900.0  # a machine that takes longer is too slow for this recipe
 LEAVE_SECONDS = 12.0
+MOST_RESTARTS = 3  # of one volunteer's worker: one may be killed to see what happens
 
 Row = dict[str, Any]
 
@@ -34,6 +36,7 @@ class Seen:
 
     group_sizes: list[int] = field(default_factory=list)  # of gradient rounds that averaged
     finished: Row | None = None
+    restarts: int = 0  # of its worker
 
 
 class Failed(Exception):
@@ -47,7 +50,8 @@ async def run_demo(overrides: Sequence[str], *, epochs: int | None, state_dir: P
     with it, however it ends.
     """
     console, experiment = Console(highlight=False), load_experiment("demo", overrides)
-    epochs = epochs or experiment.optimizer.max_epochs
+    epochs = epochs or total_updates(experiment.optimizer, batch_size=experiment.averaging.target_batch_size,
+                                     images_per_pass=experiment.data.images_per_pass)
     _require_empty(state_dir)
     interrupted = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -147,6 +151,10 @@ async def _follow(name: str, process: asyncio.subprocess.Process, seen: Seen, ro
                 rows.add(name, event)
             case "round" if event["kind"] == "gradients" and event["outcome"] == "averaged":
                 seen.group_sizes.append(event["group_size"])
+            case "restarting":
+                seen.restarts += 1
+                if seen.restarts == MOST_RESTARTS:
+                    raise Failed(f"the worker of volunteer {name} failed {seen.restarts} times")
             case "finished":
                 seen.finished = event
     if await process.wait() != 0 or seen.finished is None:
@@ -195,7 +203,7 @@ def _summary(console: Console, experiment: Experiment, seen: dict[str, Seen], ep
 
 def _accuracies(experiment: Experiment, checkpoint: Path) -> dict[str, float]:
     from training.checkpoint import load_into, read_checkpoint  # noqa: PLC0415 - torch, once the swarm has ended
-    from training.data.sources import open_source  # noqa: PLC0415
+    from training.data.open import open_source  # noqa: PLC0415
     from training.evaluation import evaluate_backbone, evaluate_pixels  # noqa: PLC0415
     from training.objectives.objective import build_objective  # noqa: PLC0415
     train, val = (open_source(experiment.data, None, split) for split in ("train", "val"))

@@ -1,11 +1,32 @@
 """A peer's own Prometheus metrics, from its worker's events."""
 
+from collections.abc import Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from averaging.version import VERSION
 from proto.peer_pb2 import PeerStatus, WorkerEvent
 
+HELP = {"epoch": "Collaborative epoch", "loss": "Mean loss of the last epoch's micro-batches",
+        "samples_per_second": "Samples trained on here per second", "learning_rate": "Of the last update",
+        "prototype_entropy": "How evenly prototypes are used, as a share of the maximum",
+        "knn_accuracy": "Of k-NN on the backbone's features", "top1_accuracy": "On the validation images",
+        "top5_accuracy": "On the validation images"}
 SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300)
+
+
+class Figures:
+    """A gauge covey_NAME for every figure that an objective or an evaluation gives a name."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry, self._gauges = registry, dict[str, Gauge]()
+
+    def set(self, figures: Mapping[str, float]) -> None:
+        """The newest values; the others stay."""
+        for name, value in figures.items():
+            if name not in self._gauges:
+                self._gauges[name] = Gauge(f"covey_{name}", HELP.get(name, "Its newest value"), registry=self._registry)
+            self._gauges[name].set(value)
 
 
 class PeerMetrics:
@@ -30,6 +51,7 @@ class PeerMetrics:
             buckets=SECONDS, registry=to)
         self._checkpoint = Gauge(
             "covey_checkpoint_last_success_timestamp_seconds", "Time of the last checkpoint", registry=to)
+        self._figures = Figures(to)
         self._skipped = Counter("covey_skipped_images", "Unreadable images met by the workers", registry=to)
         self._restarts = Counter("covey_worker_restarts", "Workers that failed", registry=to)
         Gauge("covey_build_info", "1", ["version"], registry=to).labels(VERSION).set(1)
@@ -48,6 +70,8 @@ class PeerMetrics:
                 self._state_load.observe(event.state_loaded.seconds)
             case "checkpointed":
                 self._checkpoint.set(event.checkpointed.time_seconds)
+            case "evaluated":
+                self._figures.set(event.evaluated.figures)
             case "skipped":
                 self._skipped.inc()
 
@@ -63,6 +87,7 @@ class PeerMetrics:
         self._epoch.set(step.epoch)
         self._epoch_samples.set(step.swarm_samples)
         self._loss.set(step.loss)
+        self._figures.set({"learning_rate": step.learning_rate, **step.metrics})
         self._rate.set(step.samples_per_second)
         self._samples.inc(max(0, step.samples_total - self._samples_seen))  # steps in between may be missing
         self._samples_seen = step.samples_total

@@ -5,7 +5,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,6 +17,8 @@ from rich.text import Text
 from peer.plain import plain
 from proto.peer_pb2 import PeerStatus, WorkerEvent
 from proto.swarm_pb2 import RoundCounts
+
+ACCURACIES = {"knn_accuracy": "k-NN", "top1_accuracy": "top-1", "top5_accuracy": "top-5"}
 
 
 class Printer:
@@ -114,6 +116,8 @@ class JsonLines:
             case "state_loaded":
                 self._tally.begin(event.state_loaded.epoch)
                 self._put("state_loaded", event.state_loaded)
+            case "evaluated":
+                self._put("evaluated", event.evaluated)
             case "checkpointed":
                 self._put("checkpoint", event.checkpointed)
             case "skipped":
@@ -150,6 +154,9 @@ class Lines:
                 loaded = event.state_loaded
                 self._tally.begin(loaded.epoch)
                 self._write(f"downloaded the swarm's state of epoch {loaded.epoch} in {loaded.seconds:.1f} s")
+            case "evaluated":
+                self._write(f"epoch {event.evaluated.epoch:>5} on the validation images: "
+                            f"{accuracies(event.evaluated.figures)}")
             case "skipped":
                 self._write(f"passed over {event.skipped.path}, which can't be read ({event.skipped.total} so far)")
             case "finished":
@@ -180,6 +187,11 @@ def step_line(status: PeerStatus) -> str:
     step = status.step
     return (f"epoch {step.epoch}: {step.swarm_samples:,} samples of the swarm, {step.swarm_peers} peers, "
             f"loss {step.loss:.4f}, {step.samples_per_second:.1f} samples/s here")
+
+
+def accuracies(figures: Mapping[str, float]) -> str:
+    """Those of `figures` that are shares of images, in words."""
+    return ", ".join(f"{name} {figures[key]:.1%}" for key, name in ACCURACIES.items() if key in figures)
 
 
 def counts(rounds: RoundCounts) -> str:

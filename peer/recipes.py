@@ -30,7 +30,7 @@ def _summary(name: str) -> str:
 def options_list(recipe: str, overrides: Sequence[str]) -> Group:
     """The recipe with overrides laid over it: every option, its value and its meaning. Raises BadInput."""
     experiment = load_experiment(recipe, overrides)
-    return Group(*(line for key, field in options(Experiment) for line in (
+    return Group(*(line for key, field in options(type(experiment)) for line in (
         Text(f"{key} = {_value(experiment, key)}", style="bold"),
         Padding(Text(field.description or ""), (0, 0, 0, 4), expand=False))))
 

@@ -13,6 +13,8 @@ def fold(status: PeerStatus, event: WorkerEvent) -> None:
             status.step.CopyFrom(event.step)
         case "round":
             _count(status, event.round)
+        case "evaluated":
+            status.evaluation.CopyFrom(event.evaluated)
         case "checkpointed":
             status.checkpoint.CopyFrom(event.checkpointed)
         case "finished":

@@ -17,6 +17,7 @@ from proto.peer_pb2 import PeerStatus, WorkerEvent
 
 EXIT_REFUSED = 2
 EXIT_AT_ONCE = 130  # the shell's 128 + SIGINT
+SHARED_MEMORY_SECONDS = 1.0
 CLOSING_SECONDS = 3.0  # that a worker whose checkpoint is written gets to close its connections
 
 
@@ -89,7 +90,9 @@ class Supervisor:
     async def _work(self) -> int:
         forget_worker(self.status)
         with scratch_dir(self._identity_path) as scratch:
-            return await self._work_in(scratch)
+            exit_code = await self._work_in(scratch)
+            await asyncio.to_thread(_wait_for_shared_memory, scratch)
+            return exit_code
 
     async def _work_in(self, scratch: Path) -> int:
         worker = await start_worker(self._command, self._log, scratch)
@@ -147,6 +150,13 @@ class Supervisor:
         for observer in self._observers:
             observer.restarting(exit_code, delay_seconds, self.status)
         await _first(self.leave.wait(), timeout_seconds=delay_seconds)
+
+
+def _wait_for_shared_memory(scratch: Path) -> None:
+    """torch's manager of shared memory goes once its clients have, and aborts if its folder went before."""
+    deadline = time.monotonic() + SHARED_MEMORY_SECONDS
+    while any(scratch.glob("torch-shm-dir*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 async def _first(*waits: Awaitable[Any], timeout_seconds: float | None = None) -> None:

@@ -88,7 +88,7 @@ class Telemetry:
             epoch=report.epoch, local_step=report.local_step, samples_total=report.samples_total,
             samples_accumulated=report.samples_accumulated, swarm_samples=report.swarm_samples,
             swarm_peers=report.swarm_peers, samples_per_second=report.samples_per_second, loss=report.loss,
-            metrics=report.metrics)))
+            metrics=report.metrics, learning_rate=report.learning_rate)))
 
     def _tell_skipped(self) -> None:
         told = self._skipped
@@ -112,6 +112,10 @@ class Telemetry:
         """After every try to download the swarm's state."""
         self._events.send(WorkerEvent(state_loaded=WorkerEvent.StateLoaded(
             epoch=load.epoch, seconds=load.seconds, succeeded=load.succeeded)))
+
+    def evaluated(self, epoch: int, figures: dict[str, float]) -> None:
+        """After every evaluation."""
+        self._events.send(WorkerEvent(evaluated=WorkerEvent.Evaluated(epoch=epoch, figures=figures)))
 
     def checkpointed(self, path: str, epoch: int) -> None:
         """After every checkpoint."""

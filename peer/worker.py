@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,21 +25,27 @@ from averaging.experiment import parse
 from averaging.process import die_with_parent
 from averaging.progress import record_validators
 from averaging.strategies.collaborative import Collaborative
+from peer.device import choose_device
 from peer.events import EventWriter
 from peer.job import Job, read_job
 from peer.known_peers import recall_peers
+from peer.preloading import bring_near
 from peer.telemetry import Telemetry
 from proto.peer_pb2 import WorkerEvent
 from training.checkpoint import load_into, newest_checkpoint, parameters_checksum, read_checkpoint, write_checkpoint
 from training.data.batches import batches
-from training.data.sources import open_source
+from training.data.open import open_source
 from training.data.views import Views
 from training.errors import BadInput
+from training.evaluation import evaluate
 from training.loop import StepReport, train
 from training.objectives.objective import Objective, build_objective
 from training.optimizers.build import build_optimizer, govern, initialise_state
 from training.optimizers.config import Optimizer
+from training.optimizers.groups import parameter_groups
 from training.optimizers.schedule import learning_rate
+from training.precision import Precision
+from training.tuning import keep_memory, lay_out
 
 HURRY_SECONDS = 2.0  # that a round which has begun may still take once this peer is to leave
 log = logging.getLogger(__name__)
@@ -73,41 +79,56 @@ def take_part(job: Job, events: EventWriter, leave: threading.Event) -> None:
                     initial_peers=[*job.initial_peers, *recall_peers(config.known_peers)],
                     record_validators=record_validators(job.run_id, key))
     try:
+        keep_memory()
         torch.set_num_threads(config.threads or torch.get_num_threads())
-        device = choose_device(config.device)
-        source = open_source(experiment.data, config.data, "train")
-        now = time.time_ns()  # a restart must not repeat the order of images, nor the views, of the start before
-        images = batches(source, config.batch_size, identity=str(dht.peer_id), run=now)
-        views = Views(experiment.data.transforms, seed=now)
-        objective = build_objective(experiment).to(device)
+        device, transforms = choose_device(config.device), experiment.data.transforms
+        folder = bring_near(experiment.data, config.data, config.preload, config.preload_gib)
+        source = open_source(experiment.data, folder, "train", loader=config.loader)
+        validation = open_source(experiment.data, folder, "val") if config.evaluate_every_epochs else None
+        # a restart must not repeat the order of images, nor the views, of the start before
+        draws = f"{dht.peer_id}/{time.time_ns()}"
+        objective = build_objective(experiment, batch_size=config.batch_size, output_dir=config.state_dir).to(device)
+        precision = Precision(experiment.model.amp, device, objective.parameters())
+        lay_out(objective, config.memory_format, transforms.size_crops, device, precision)
         telemetry = Telemetry(events, dht, job, key, device=str(device),
                               lifetime_seconds=experiment.averaging.report_progress_expiration)
         stepper = Collaborative(
             dht=dht, run_id=job.run_id, key=key, config=experiment.averaging, client_mode=config.client_mode,
-            parameters=objective.parameters(), optimizer=partial(initialised_optimizer, experiment.optimizer),
-            shared_buffers=objective.buffers(), on_round=telemetry.round, on_state_load=telemetry.state_load)
+            parameters=parameter_groups(experiment.optimizer, objective),
+            optimizer=partial(initialised_optimizer, experiment.optimizer),
+            shared_buffers=objective.shared_buffers(), on_round=telemetry.round, on_state_load=telemetry.state_load)
         try:
             telemetry.watch(lambda: stepper.is_alive)
             # hivemind counts the epoch up just before the step that ends it
-            govern(stepper.optimizer, objective, partial(learning_rate, experiment.optimizer),
-                   epoch=lambda: stepper.epoch - 1)
-            stepper.resume(restore(job, objective, stepper.optimizer))
+            govern(stepper.optimizer, objective, partial(
+                learning_rate, experiment.optimizer, batch_size=experiment.averaging.target_batch_size,
+                images_per_pass=experiment.data.images_per_pass), epoch=lambda: stepper.epoch - 1,
+                grad_clip_norm=experiment.optimizer.grad_clip_norm)
+            stepper.resume(restore(job, objective, stepper.optimizer, precision))
+            if config.compile:
+                objective.backbone.compile()
             telemetry.started(objective, source, stepper.epoch)
 
             def checkpoint(epoch: int) -> str:
                 path = str(write_checkpoint(config.checkpoints, epoch=epoch, experiment=job.experiment,
                                             fingerprint=job.fingerprint, objective=objective,
-                                            optimizer=stepper.optimizer, keep_last=config.keep_last_checkpoints))
+                                            optimizer=stepper.optimizer, keep_last=config.keep_last_checkpoints,
+                                            progress={"precision": precision.state()}))
                 telemetry.checkpointed(path, epoch)
                 return path
 
             def should_stop(report: StepReport) -> bool:
+                every = config.evaluate_every_epochs
+                if validation and every and report.updated and report.epoch % every == 0:
+                    telemetry.evaluated(report.epoch, evaluate(objective, source, validation, experiment))
                 if report.updated and report.epoch % config.checkpoint_every_epochs == 0:
                     checkpoint(report.epoch)
                 return leave.is_set() or report.epoch >= (config.stop_at_epoch or math.inf)
 
-            with hurrying(leave, stepper):
-                train(objective, images, views, stepper, report=telemetry.step, should_stop=should_stop)
+            images = batches(source, transforms, config.batch_size, key=draws)
+            with hurrying(leave, stepper), closing(images):  # type: ignore[type-var]  # a generator: its threads end with it
+                train(objective, images, partial(Views(transforms, draws), device=device), stepper, precision,
+                      report=telemetry.step, should_stop=should_stop)
             if not leave.is_set():
                 stepper.settle()  # whoever stops by epoch stops with the swarm's parameters, not just its own
             telemetry.leaving()
@@ -144,7 +165,7 @@ def initialised_optimizer(config: Optimizer, parameters: Any) -> torch.optim.Opt
     return optimizer
 
 
-def restore(job: Job, objective: Objective, optimizer: torch.optim.Optimizer) -> int:
+def restore(job: Job, objective: Objective, optimizer: torch.optim.Optimizer, precision: Precision) -> int:
     """Load this peer's newest good checkpoint; the epoch to resume at, 0 if there is none."""
     path = newest_checkpoint(job.config.checkpoints)
     if path is None:
@@ -154,20 +175,9 @@ def restore(job: Job, objective: Objective, optimizer: torch.optim.Optimizer) ->
         raise BadInput(f"{path} is of experiment {checkpoint.fingerprint[:12]}", expected=job.fingerprint[:12],
                        mend="Join with another --state-dir.")
     load_into(checkpoint, objective, optimizer)
+    precision.load(checkpoint.progress["precision"])
     log.info("resumed from %s", path)
     return checkpoint.epoch
-
-
-def choose_device(wanted: str) -> torch.device:
-    """The device `wanted`, or with "auto" the accelerator that is there, else the CPU. Raises BadInput."""
-    if wanted == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    device = torch.device(wanted)
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
-    if (device.index or 0) >= count:
-        raise BadInput(f"--device {wanted}", expected=f"one that is here: {count} of type {device.type} found",
-                       mend="Use --device auto or cpu.")
-    return device
 
 
 if __name__ == "__main__":

@@ -93,6 +93,7 @@ class WorkerEvent(_message.Message):
         SAMPLES_PER_SECOND_FIELD_NUMBER: _builtins.int
         LOSS_FIELD_NUMBER: _builtins.int
         METRICS_FIELD_NUMBER: _builtins.int
+        LEARNING_RATE_FIELD_NUMBER: _builtins.int
         epoch: _builtins.int
         local_step: _builtins.int
         samples_total: _builtins.int
@@ -103,6 +104,8 @@ class WorkerEvent(_message.Message):
         swarm_peers: _builtins.int
         samples_per_second: _builtins.float
         loss: _builtins.float
+        learning_rate: _builtins.float
+        """of the last update"""
         @_builtins.property
         def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
         def __init__(
@@ -117,10 +120,11 @@ class WorkerEvent(_message.Message):
             samples_per_second: _builtins.float = ...,
             loss: _builtins.float = ...,
             metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+            learning_rate: _builtins.float = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "local_step", b"local_step", "loss", b"loss", "metrics", b"metrics", "samples_accumulated", b"samples_accumulated", "samples_per_second", b"samples_per_second", "samples_total", b"samples_total", "swarm_peers", b"swarm_peers", "swarm_samples", b"swarm_samples"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "learning_rate", b"learning_rate", "local_step", b"local_step", "loss", b"loss", "metrics", b"metrics", "samples_accumulated", b"samples_accumulated", "samples_per_second", b"samples_per_second", "samples_total", b"samples_total", "swarm_peers", b"swarm_peers", "swarm_samples", b"swarm_samples"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -205,6 +209,51 @@ class WorkerEvent(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
+    class Evaluated(_message.Message):
+        """The backbone was judged on the validation images."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        @_typing.final
+        class FiguresEntry(_message.Message):
+            DESCRIPTOR: _descriptor.Descriptor
+
+            KEY_FIELD_NUMBER: _builtins.int
+            VALUE_FIELD_NUMBER: _builtins.int
+            key: _builtins.str
+            value: _builtins.float
+            def __init__(
+                self,
+                *,
+                key: _builtins.str = ...,
+                value: _builtins.float = ...,
+            ) -> None: ...
+            _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+            def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+            _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+            def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+            def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+        EPOCH_FIELD_NUMBER: _builtins.int
+        FIGURES_FIELD_NUMBER: _builtins.int
+        epoch: _builtins.int
+        @_builtins.property
+        def figures(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+            """"knn_accuracy", or "top1_accuracy" and the like: ratios, and "val_loss" """
+
+        def __init__(
+            self,
+            *,
+            epoch: _builtins.int = ...,
+            figures: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "figures", b"figures"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
     class Skipped(_message.Message):
         """An image can't be read and is passed over; told once for each."""
 
@@ -281,6 +330,7 @@ class WorkerEvent(_message.Message):
     REFUSED_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     SKIPPED_FIELD_NUMBER: _builtins.int
+    EVALUATED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def started(self) -> Global___WorkerEvent.Started: ...
     @_builtins.property
@@ -297,6 +347,8 @@ class WorkerEvent(_message.Message):
     def finished(self) -> Global___WorkerEvent.Finished: ...
     @_builtins.property
     def skipped(self) -> Global___WorkerEvent.Skipped: ...
+    @_builtins.property
+    def evaluated(self) -> Global___WorkerEvent.Evaluated: ...
     def __init__(
         self,
         *,
@@ -308,12 +360,13 @@ class WorkerEvent(_message.Message):
         refused: Global___WorkerEvent.Refused | None = ...,
         finished: Global___WorkerEvent.Finished | None = ...,
         skipped: Global___WorkerEvent.Skipped | None = ...,
+        evaluated: Global___WorkerEvent.Evaluated | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpointed", b"checkpointed", "event", b"event", "finished", b"finished", "refused", b"refused", "round", b"round", "skipped", b"skipped", "started", b"started", "state_loaded", b"state_loaded", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpointed", b"checkpointed", "evaluated", b"evaluated", "event", b"event", "finished", b"finished", "refused", b"refused", "round", b"round", "skipped", b"skipped", "started", b"started", "state_loaded", b"state_loaded", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpointed", b"checkpointed", "event", b"event", "finished", b"finished", "refused", b"refused", "round", b"round", "skipped", b"skipped", "started", b"started", "state_loaded", b"state_loaded", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpointed", b"checkpointed", "evaluated", b"evaluated", "event", b"event", "finished", b"finished", "refused", b"refused", "round", b"round", "skipped", b"skipped", "started", b"started", "state_loaded", b"state_loaded", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "step", "round", "state_loaded", "checkpointed", "refused", "finished", "skipped"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "step", "round", "state_loaded", "checkpointed", "refused", "finished", "skipped", "evaluated"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -408,6 +461,7 @@ class PeerStatus(_message.Message):
     FINISHED_FIELD_NUMBER: _builtins.int
     METRICS_URL_FIELD_NUMBER: _builtins.int
     STATE_DIR_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     run_id: _builtins.str
     state: _builtins.str
@@ -431,6 +485,10 @@ class PeerStatus(_message.Message):
     def checkpoint(self) -> Global___WorkerEvent.Checkpointed: ...
     @_builtins.property
     def finished(self) -> Global___WorkerEvent.Finished: ...
+    @_builtins.property
+    def evaluation(self) -> Global___WorkerEvent.Evaluated:
+        """the last one"""
+
     def __init__(
         self,
         *,
@@ -449,10 +507,11 @@ class PeerStatus(_message.Message):
         finished: Global___WorkerEvent.Finished | None = ...,
         metrics_url: _builtins.str = ...,
         state_dir: _builtins.str = ...,
+        evaluation: Global___WorkerEvent.Evaluated | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "finished", b"finished", "gradient_rounds", b"gradient_rounds", "started", b"started", "state_rounds", b"state_rounds", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "evaluation", b"evaluation", "finished", b"finished", "gradient_rounds", b"gradient_rounds", "started", b"started", "state_rounds", b"state_rounds", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "daemon_pid", b"daemon_pid", "finished", b"finished", "gradient_rounds", b"gradient_rounds", "group_size", b"group_size", "metrics_url", b"metrics_url", "name", b"name", "run_id", b"run_id", "started", b"started", "state", b"state", "state_dir", b"state_dir", "state_rounds", b"state_rounds", "step", b"step", "worker_pid", b"worker_pid", "worker_restarts", b"worker_restarts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "daemon_pid", b"daemon_pid", "evaluation", b"evaluation", "finished", b"finished", "gradient_rounds", b"gradient_rounds", "group_size", b"group_size", "metrics_url", b"metrics_url", "name", b"name", "run_id", b"run_id", "started", b"started", "state", b"state", "state_dir", b"state_dir", "state_rounds", b"state_rounds", "step", b"step", "worker_pid", b"worker_pid", "worker_restarts", b"worker_restarts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

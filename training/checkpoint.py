@@ -6,7 +6,6 @@
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from training.atomic import move_into_place
 from training.errors import BadInput
 from training.objectives.objective import Objective
 from training.optimizers.build import initial_state
@@ -31,27 +31,30 @@ class Checkpoint:
     epoch: int                   # collaborative epochs, that is updates, so far
     experiment: bytes            # canonical JSON
     fingerprint: str             # of the experiment
-    tensors: dict[str, Tensor]   # objective.<name>, optimizer.<index of the parameter>.<name>
+    tensors: dict[str, Tensor]   # objective.<name>, optimizer.<index of the parameter>.<name>, local.<name>: the queue
+    progress: dict[str, Any]     # where the run stood, for whoever wrote it: the next batch, samples so far, ...
 
 
 def write_checkpoint(directory: Path, *, epoch: int, experiment: bytes, fingerprint: str, objective: Objective,
-                     optimizer: torch.optim.Optimizer, keep_last: int) -> Path:
+                     optimizer: torch.optim.Optimizer, keep_last: int,
+                     progress: Mapping[str, Any] | None = None) -> Path:
     """Writes a checkpoint and removes all but the newest `keep_last`; the path of its tensor file.
 
-    Atomic: a crash at any moment leaves the earlier checkpoints, and this one whole or not at all.
+    `progress` must be what JSON can hold. Atomic: a crash at any moment leaves the earlier checkpoints, and this one
+    whole or not at all.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"epoch-{epoch:08d}.safetensors"
     staged = path.with_suffix(".safetensors.tmp")
     save_file(_state(objective, optimizer), staged)
     digest = _sha256(staged)
-    _move_into_place(staged, path)
+    move_into_place(staged, path)
 
     staged = path.with_suffix(".json.tmp")
     staged.write_text(json.dumps({
-        "epoch": epoch, "fingerprint": fingerprint, "experiment": experiment.decode(),
-        "torch": torch.__version__, "sha256": digest}, indent=1))
-    _move_into_place(staged, path.with_suffix(".json"))
+        "epoch": epoch, "fingerprint": fingerprint, "progress": dict(progress or {}),
+        "experiment": experiment.decode(), "torch": torch.__version__, "sha256": digest}, indent=1))
+    move_into_place(staged, path.with_suffix(".json"))
     _prune(directory, keep_last, path)
     return path
 
@@ -75,11 +78,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
         tensors = load_file(path)
     except SafetensorError as error:
         raise _bad(path, f"not a tensor file: {error}") from None
-    return Checkpoint(meta["epoch"], meta["experiment"].encode(), meta["fingerprint"], tensors)
+    return Checkpoint(meta["epoch"], meta["experiment"].encode(), meta["fingerprint"], tensors, meta["progress"])
 
 
 def load_into(checkpoint: Checkpoint, objective: Objective, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Makes `objective`, and `optimizer` if there is one, what they were; options such as lr stay as they are.
+    """Makes `objective` what it was, and to train on, `optimizer` and the queue; options such as lr stay as they are.
 
     Raises BadInput, having changed nothing, where their tensors differ in name or shape.
     """
@@ -87,6 +90,7 @@ def load_into(checkpoint: Checkpoint, objective: Objective, optimizer: torch.opt
     _require_equal_shapes(state, objective.state_dict())
     if optimizer is not None:
         _load_optimizer(optimizer, _under("optimizer.", checkpoint.tensors))
+        objective.load_local_state(_under("local.", checkpoint.tensors))
     objective.load_state_dict(state)
 
 
@@ -102,6 +106,7 @@ def parameters_checksum(module: nn.Module) -> str:
 def _state(objective: Objective, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors = {f"objective.{name}": tensor for name, tensor in objective.state_dict().items()}
     tensors |= {f"optimizer.{name}": tensor for name, tensor in _flat(optimizer.state_dict()).items()}
+    tensors |= {f"local.{name}": tensor for name, tensor in objective.local_state().items()}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -142,7 +147,7 @@ def _verified(path: Path) -> dict[str, Any]:
     """The JSON beside `path`, once it is known to describe just these bytes."""
     try:
         meta = json.loads(path.with_suffix(".json").read_text())
-        kinds = {"epoch": int, "fingerprint": str, "experiment": str, "sha256": str}
+        kinds = {"epoch": int, "fingerprint": str, "progress": dict, "experiment": str, "sha256": str}
         if not (isinstance(meta, dict) and all(isinstance(meta.get(key), kind) for key, kind in kinds.items())):
             raise _bad(path, "the JSON beside it is not covey's")
         if _sha256(path) != meta["sha256"]:
@@ -162,21 +167,6 @@ def _bad(path: Path, reason: str) -> BadInput:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _move_into_place(staged: Path, path: Path) -> None:
-    """Renames once the bytes are on the disk, and sees the new name to the disk too."""
-    _fsync(staged)
-    staged.replace(path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _prune(directory: Path, keep_last: int, written: Path) -> None:

@@ -5,7 +5,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -21,6 +21,8 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
+    refused: ClassVar[Mapping[str, str]] = {}  # names that people may look for here, and what to do instead
+
 
 def recipe_names() -> list[str]:
     """The recipes that ship with covey, sorted."""
@@ -29,7 +31,22 @@ def recipe_names() -> list[str]:
 
 
 def read_recipe(name: str) -> Tree:
-    """The shipped recipe `name`, or the TOML file at that path. Raises BadInput with the nearest known name."""
+    """The shipped recipe `name`, or the TOML file at that path, laid over the recipe that its `base` names, if any.
+
+    Raises BadInput with the nearest known name.
+    """
+    tree = _read_toml(name)
+    base = tree.pop("base", None)
+    return tree if base is None else _laid_over(read_recipe(str(base)), tree)
+
+
+def _laid_over(base: Tree, tree: Tree) -> Tree:
+    both = {key: _laid_over(base[key], tree[key]) for key in base.keys() & tree.keys()
+            if isinstance(base[key], dict) and isinstance(tree[key], dict)}
+    return {**base, **tree, **both}
+
+
+def _read_toml(name: str) -> Tree:
     if name in recipe_names():
         text = files("training.recipes").joinpath(f"{name}.toml").read_text()
     elif name.endswith(".toml"):
@@ -88,6 +105,8 @@ def validate(kind: type[SomeConfig], tree: Mapping[str, Any]) -> SomeConfig:
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             known = [name for name, _ in options(kind)]
+            if reason := _refusal(kind, first["loc"]):
+                raise BadInput(f"key {key!r}", expected="a key of this recipe", mend=reason) from None
             raise BadInput(f"unknown key {key!r}", expected="a key of this recipe",
                            mend=nearest(key, known) or "`covey recipes NAME` lists them.") from None
         if first["type"] == "missing":
@@ -95,6 +114,16 @@ def validate(kind: type[SomeConfig], tree: Mapping[str, Any]) -> SomeConfig:
         message = first["msg"].removeprefix("Value error, ")
         found = f"{key} = {first['input']!r}" if key and not isinstance(first["input"], dict) else key or "the recipe"
         raise BadInput(found, expected=message[0].lower() + message[1:], mend="Change it.") from None
+
+
+def _refusal(kind: type[Config], loc: tuple[int | str, ...]) -> str | None:
+    *parents, leaf = loc
+    for parent in parents:
+        field = kind.model_fields.get(str(parent))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Config)):
+            return None
+        kind = field.annotation
+    return kind.refused.get(str(leaf))
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

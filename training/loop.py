@@ -9,7 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from training.data.batches import Batch
 from training.objectives.objective import Objective
+from training.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class StepReport:
     swarm_samples: int
     swarm_peers: int
     samples_per_second: float  # of this process, over about the last ten steps, waiting included
+    learning_rate: float       # of the last update
     loss: float
     metrics: dict[str, float]
 
@@ -46,6 +49,10 @@ class Stepper(Protocol):
     def epoch(self) -> int:
         """Collaborative epochs, that is updates of the whole swarm, so far."""
 
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What makes the updates."""
+
     def step(self, samples: int) -> Progress:
         """Takes over the gradients of a micro-batch, means over its `samples`, and leaves none behind."""
 
@@ -54,32 +61,43 @@ class NonFiniteLoss(ArithmeticError):
     """The loss is infinite or not a number; nothing of its micro-batch has reached the stepper."""
 
 
-def train(objective: Objective, batches: Iterable[Tensor], views: Callable[[Tensor], list[Tensor]],
-          stepper: Stepper, *, report: Callable[[StepReport], None],
-          should_stop: Callable[[StepReport], bool]) -> None:
-    """Trains on `batches`, uint8 [B, 3, S, S], until they end or `should_stop`. Raises NonFiniteLoss."""
+def train(objective: Objective, batches: Iterable[Batch], views: Callable[[Batch], list[Tensor]], stepper: Stepper,
+          precision: Precision, *, report: Callable[[StepReport], None], should_stop: Callable[[StepReport], bool],
+          samples_before: int = 0) -> None:
+    """Trains on `batches` until they end or `should_stop`. Raises NonFiniteLoss.
+
+    `samples_before`: of this run before it was resumed. A micro-batch whose gradients overflow float16 is dropped.
+    """
     device = next(objective.parameters()).device
-    samples_total, recent_samples, recent_seconds = 0, 0.0, 0.0
+    samples_total, recent_samples, recent_seconds = samples_before, 0.0, 0.0
     started = perf_counter()
     objective.train()
-    for local_step, images in enumerate(batches, start=1):
-        loss, metrics = objective(views(images.to(device, non_blocking=True)), stepper.epoch)
-        loss.backward()
+    for local_step, batch in enumerate(batches, start=1):
+        labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
+        crops = views(batch)
+        with precision.autocast():
+            loss, metrics = objective(crops, labels, stepper.epoch)
+        complete = precision.backward(loss)
         loss_value, *metric_values = torch.stack([loss.detach(), *metrics.values()]).tolist()
         if not math.isfinite(loss_value):
-            raise NonFiniteLoss(f"the loss is {loss_value} at local step {local_step} of epoch {stepper.epoch}")
-        progress = stepper.step(len(images))
+            path = objective.write_dump()
+            raise NonFiniteLoss(f"the loss is {loss_value} at local step {local_step} of epoch {stepper.epoch}"
+                                + (f"; what led to it is in {path}" if path else ""))
+        if not complete:
+            continue
+        progress = stepper.step(batch.samples)
 
         now = perf_counter()
-        samples_total += len(images)
-        recent_samples = 0.9 * recent_samples + len(images)
+        samples_total += batch.samples
+        recent_samples = 0.9 * recent_samples + batch.samples
         recent_seconds = 0.9 * recent_seconds + now - started
         started = now
         this_step = StepReport(
             epoch=progress.epoch, updated=progress.updated, local_step=local_step, samples_total=samples_total,
             samples_accumulated=progress.samples_accumulated, swarm_samples=progress.swarm_samples,
             swarm_peers=progress.swarm_peers, samples_per_second=recent_samples / recent_seconds,
-            loss=loss_value, metrics=dict(zip(metrics, metric_values, strict=True)))
+            learning_rate=stepper.optimizer.param_groups[0]["lr"], loss=loss_value,
+            metrics=dict(zip(metrics, metric_values, strict=True)))
         report(this_step)
         if should_stop(this_step):
             return
@@ -93,7 +111,7 @@ class LocalStepper:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, target_batch_size: int, epoch: int = 0) -> None:
-        self._optimizer, self._target_batch_size, self._epoch = optimizer, target_batch_size, epoch
+        self.optimizer, self._target_batch_size, self._epoch = optimizer, target_batch_size, epoch
         self._params = [p for group in optimizer.param_groups for p in group["params"]]
         self._mean: list[Tensor] = []
         self._samples = 0
@@ -112,7 +130,7 @@ class LocalStepper:
     @torch.no_grad()
     def _accumulate(self, samples: int) -> None:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         self._samples += samples
         if self._mean:
             torch._foreach_lerp_(self._mean, grads, samples / self._samples)
@@ -122,7 +140,7 @@ class LocalStepper:
     def _update(self) -> None:
         for param, grad in zip(self._params, self._mean, strict=True):
             param.grad = grad
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         self._mean, self._samples = [], 0
         self._epoch += 1

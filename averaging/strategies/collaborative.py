@@ -39,13 +39,14 @@ class StateLoad:
 class Collaborative:
     """A `training.loop.Stepper` over the swarm.
 
-    `optimizer` makes the torch optimiser, state initialised (`initialise_state`), over the parameters that it is given.
+    `optimizer` makes the torch optimiser, state initialised (`initialise_state`), over the `parameters` or groups of
+    them that it is given.
     `shared_buffers` are averaged and downloaded with the parameters: BatchNorm's running statistics, mostly.
     The two callbacks are called from this process's threads and must not block.
     """
 
     def __init__(self, *, dht: DHT, run_id: str, key: RSAPrivateKey, config: Averaging,
-                 parameters: Iterable[torch.nn.Parameter], optimizer: Callable[[Any], torch.optim.Optimizer],
+                 parameters: Iterable[Any], optimizer: Callable[[Any], torch.optim.Optimizer],
                  shared_buffers: Iterable[torch.Tensor] = (), client_mode: bool = False,
                  on_round: Callable[[Round], None] = lambda _: None,
                  on_state_load: Callable[[StateLoad], None] = lambda _: None) -> None:

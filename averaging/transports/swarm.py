@@ -134,7 +134,8 @@ class Averager(DecentralizedAverager):  # type: ignore[misc]  # hivemind is unty
 
     async def _run_allreduce_inplace_(self, tensors: Sequence[torch.Tensor], group_info: GroupInfo,
                                       group_id: bytes | None = None, **kwargs: Any) -> None:
-        runner = _Runner(p2p=self._p2p, servicer_type=type(self), prefix=self.prefix, tensors=tensors,
+        rows = [tensor.contiguous() for tensor in tensors]  # stock can cut no other layout into parts
+        runner = _Runner(p2p=self._p2p, servicer_type=type(self), prefix=self.prefix, tensors=rows,
                          group_id=group_id or group_info.group_id, ordered_peer_ids=group_info.peer_ids, **kwargs)
         self._running_groups[runner.group_id].set_result(runner)
         averages = [average async for average in runner]

@@ -16,9 +16,12 @@ from averaging.progress import record_validators
 from averaging.strategies.collaborative import Collaborative
 from averaging.transports.swarm import Round, StateAverager
 from training.loop import LocalStepper
-from training.optimizers.build import initialise_state
+from training.optimizers.build import build_optimizer, initialise_state
+from training.optimizers.config import Optimizer
+from training.optimizers.groups import parameter_groups
 
 BATCH = 8
+SGD = Optimizer(lr=0.1, momentum=0.9, weight_decay=0.01, regularize_bn=False, max_epochs=100)
 FAST = {"matchmaking_time": 1.0, "averaging_timeout": 10.0, "next_chunk_timeout": 2.0, "request_timeout": 1.0,
         "min_refresh_period": 0.1, "default_refresh_period": 0.2, "max_refresh_period": 0.5}
 
@@ -26,19 +29,20 @@ FAST = {"matchmaking_time": 1.0, "averaging_timeout": 10.0, "next_chunk_timeout"
 class Peer:
     """A volunteer without its data: a small network with BatchNorm, stepped by hand."""
 
-    def __init__(self, path: Path, run_id: str, friends: list["Peer"], **options: object) -> None:
+    def __init__(self, path: Path, run_id: str, friends: list["Peer"], *,
+                 memory_format: torch.memory_format = torch.contiguous_format, **options: object) -> None:
         torch.manual_seed(0)
         self.key = open_identity(path)
         self.dht: DHT = start_dht(
             identity_path=path, host_maddrs=["/ip4/127.0.0.1/tcp/0"],
             record_validators=record_validators(run_id, self.key),
             initial_peers=[str(maddr) for friend in friends for maddr in friend.dht.get_visible_maddrs()])
-        self.net = network()
+        self.net = network().to(memory_format=memory_format)
         self.rounds: list[Round] = []
         self.loads: list[object] = []
         self.stepper = Collaborative(
             dht=self.dht, run_id=run_id, key=self.key, config=Averaging(**{**FAST, **options}),
-            parameters=self.net.parameters(), optimizer=sgd, shared_buffers=self.net.buffers(),
+            parameters=parameter_groups(SGD, self.net), optimizer=optimizer, shared_buffers=self.net.buffers(),
             on_round=self.rounds.append, on_state_load=self.loads.append)
 
     def backward(self, batch: torch.Tensor) -> None:
@@ -51,13 +55,14 @@ class Peer:
 
 def network() -> nn.Module:
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(6, 10), nn.BatchNorm1d(10, momentum=0.5), nn.ReLU(), nn.Linear(10, 3))
+    return nn.Sequential(nn.Unflatten(1, (2, 1, 3)), nn.Conv2d(2, 10, (1, 3)), nn.BatchNorm2d(10, momentum=0.5),
+                         nn.ReLU(), nn.Flatten(), nn.Linear(10, 3))
 
 
-def sgd(parameters: object) -> torch.optim.Optimizer:
-    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01)
-    initialise_state(optimizer)
-    return optimizer
+def optimizer(groups: list[dict[str, object]]) -> torch.optim.Optimizer:
+    made = build_optimizer(SGD, groups)
+    initialise_state(made)
+    return made
 
 
 def micro_batches(peer: int, count: int) -> list[torch.Tensor]:
@@ -113,7 +118,7 @@ def together(peers: list[Peer]) -> list[torch.Tensor]:
 
 def in_one_process(batches: list[torch.Tensor]) -> nn.Module:
     net = network()
-    stepper = LocalStepper(sgd(net.parameters()), target_batch_size=len(batches) * BATCH)
+    stepper = LocalStepper(optimizer(parameter_groups(SGD, net)), target_batch_size=len(batches) * BATCH)
     for batch in batches:
         net(batch).square().mean().backward()
         stepper.step(BATCH)
@@ -138,10 +143,25 @@ def test_all_members_end_an_epoch_with_the_same_bits(join: Swarm) -> None:
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, other, strict=True))
 
 
+def test_peers_whose_parameters_lie_differently_in_memory_average_all_the_same(join: Swarm) -> None:
+    ours, theirs = join(memory_format=torch.channels_last), join()
+    assert not ours.net[1].weight.is_contiguous()
+    expected = in_one_process(together([ours, theirs]))
+    late = join(memory_format=torch.channels_last)
+    until(lambda: late.stepper.swarm_peers > 0, "word of the swarm")
+    late.backward(next(endless(2)))
+    late.stepper.step(BATCH)
+    for averaged, others, downloaded, wanted in zip(
+            *(peer.net.parameters() for peer in (ours, theirs, late)), expected.parameters(), strict=True):
+        assert torch.equal(averaged, others)
+        assert torch.equal(downloaded, others)
+        torch.testing.assert_close(averaged, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_batchnorms_statistics_are_averaged(join: Swarm) -> None:
     peers = [join(), join()]
     together(peers)
-    (ours, theirs) = [peer.net[1].running_var for peer in peers]
+    (ours, theirs) = [peer.net[2].running_var for peer in peers]
     assert torch.equal(ours, theirs)
     assert not torch.equal(ours, torch.ones(10))
 
@@ -202,7 +222,7 @@ def test_batches_of_unequal_size_count_by_their_samples(join: Swarm) -> None:
     peer = join(target_batch_size=3 * BATCH)
     small, large = torch.randn(BATCH, 6), torch.randn(2 * BATCH, 6)
     expected = network()
-    stepper = LocalStepper(sgd(expected.parameters()), target_batch_size=3 * BATCH)
+    stepper = LocalStepper(optimizer(parameter_groups(SGD, expected)), target_batch_size=3 * BATCH)
     for batch in (small, large):
         expected(batch).square().mean().backward()
         stepper.step(len(batch))

@@ -14,25 +14,23 @@ import psutil
 import pytest
 from processes import until
 
-from averaging.experiment import Experiment, canonical, run_id
+from averaging.experiment import canonical, experiment_of, run_id
 from coordinator.coordinator import run_coordinator
 from coordinator.link import parse_link
 from coordinator.ports import listen
 from proto.coordinator_pb2 import EnrolReply, EnrolRequest
 from proto.coordinator_pb2_grpc import CoordinatorStub
-from training.config import validate
 from training.errors import BadInput
 
 TREE = {"name": "tiny", "optimizer": {"lr": 0.1, "max_epochs": 10},
         "averaging": {"target_batch_size": 256, "target_group_size": 2}}
-EXPERIMENT = validate(Experiment, TREE)
+EXPERIMENT = experiment_of(TREE)
 RUN = f"""
 import json, sys
 from pathlib import Path
-from averaging.experiment import Experiment
+from averaging.experiment import experiment_of
 from coordinator.coordinator import run_coordinator
-from training.config import validate
-run_coordinator(validate(Experiment, {TREE!r}), state_dir=Path(sys.argv[1]), host="127.0.0.1", json_output=True,
+run_coordinator(experiment_of({TREE!r}), state_dir=Path(sys.argv[1]), host="127.0.0.1", json_output=True,
                 **json.loads(sys.argv[2]))
 """
 PUBLISH = """

@@ -6,16 +6,18 @@ from contextlib import contextmanager
 
 import grpc
 
-from averaging.experiment import Experiment, canonical, fingerprint, run_id
+from averaging.experiment import Experiment, canonical, experiment_of, fingerprint, run_id
 from proto.coordinator_pb2 import EnrolReply, EnrolRequest, WatchRequest
 from proto.coordinator_pb2_grpc import CoordinatorServicer, add_CoordinatorServicer_to_server
 from proto.swarm_pb2 import PeerRow, SwarmSnapshot
 
 
 def experiment(dataset: str) -> Experiment:
-    return Experiment.model_validate({
-        "name": "fake", "model": {"trunk": {"depth": 18, "width_multiplier": 0.0625}, "head": {"dims": [0, 8, 8]}},
-        "data": {"dataset": dataset, "image_size": 32, "synthetic": {"num_train": 64, "num_val": 32}},
+    return experiment_of({
+        "name": "fake", "model": {"trunk": {"depth": 18, "width_multiplier": 0.0625},
+                                  "head": {"dims": [0, 8, 8], "num_clusters": [8]}},
+        "data": {"dataset": dataset, "image_size": 32, "synthetic": {"num_train": 64, "num_val": 32},
+                 "transforms": {"preset": "multicrop_2x224", "size_crops": [32]}},
         "optimizer": {"lr": 0.1, "max_epochs": 10}, "averaging": {"target_batch_size": 64, "target_group_size": 2}})
 
 

@@ -20,7 +20,8 @@ def covey(*arguments: str) -> str:
 
 def test_help_names_the_commands_that_work() -> None:
     text = covey("--help")
-    for command in ("demo", "coordinator", "join", "status", "leave", "evaluate", "recipes"):
+    for command in ("demo", "coordinator", "join", "status", "leave", "train", "evaluate", "export", "plot",
+                    "shards", "recipes"):
         assert f" {command} " in text
 
 

@@ -67,3 +67,12 @@ def test_every_metric_is_ours_by_name() -> None:
              if line.startswith("# TYPE")]
     assert names
     assert all(name.startswith("covey_") for name in names)
+
+
+def test_what_the_objective_and_an_evaluation_measure_have_gauges_of_their_own() -> None:
+    measured = step(16)
+    measured.step.metrics["prototype_entropy"] = 0.75
+    metrics = after(started(), measured, WorkerEvent(
+        evaluated=WorkerEvent.Evaluated(epoch=3, figures={"knn_accuracy": 0.5})))
+    assert metrics.registry.get_sample_value("covey_prototype_entropy") == 0.75
+    assert metrics.registry.get_sample_value("covey_knn_accuracy") == 0.5

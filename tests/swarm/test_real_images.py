@@ -1,5 +1,6 @@
 """Real images from end to end: scikit-learn's handwritten digits, a folder, a swarm, a checkpoint, an accuracy."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -22,7 +23,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, (pixels, label) in enumerate(zip(bunch.images, bunch.target, strict=True)):
         path = folder / ("val" if number % 5 == 0 else "train") / str(label) / f"{number:04}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((pixels * 255 / 16).astype("uint8")).save(path)
+        Image.fromarray((pixels * 255 / 16).astype("uint8")).resize((16, 16)).save(path)
     (folder / "train" / "0" / "broken.png").write_bytes(b"\x89PNG, but no more")
     return folder
 
@@ -42,13 +43,22 @@ def evaluate(checkpoint: str, data: Path) -> dict:
 
 def test_two_volunteers_learn_handwritten_digits_without_labels(swarm: Swarm, digits: Path) -> None:
     pair = [swarm.join("--data", str(digits), "--batch-size", "64", "--stop-at-epoch", str(EPOCHS),
-                       "--checkpoint-every-epochs", "1", "--keep-last-checkpoints", str(EPOCHS)) for _ in range(2)]
+                       "--checkpoint-every-epochs", "1", "--keep-last-checkpoints", str(EPOCHS),
+                       "--evaluate-every-epochs", str(EPOCHS // 2)) for _ in range(2)]
     (ada, _), (grace, _) = ends = [(volunteer.wait_for("finished")[0], volunteer) for volunteer in pair]
     assert ada["parameters_checksum"] == grace["parameters_checksum"]
-    for _, volunteer in ends:
+    for end, volunteer in ends:
         (skipped,) = volunteer.all("skipped")
         assert skipped["path"].endswith("broken.png")
+        halfway, at_the_end = volunteer.all("evaluated")
+        assert (halfway["epoch"], at_the_end["epoch"]) == (EPOCHS // 2, EPOCHS)
+        rows = list(csv.DictReader((Path(end["checkpoint"]).parents[1] / "metrics.csv").open()))
+        epochs = [int(row["epoch"]) for row in rows]
+        assert epochs == sorted(set(epochs))
+        assert epochs[-1] == EPOCHS
+        assert float(rows[-1]["knn_accuracy"]) == pytest.approx(at_the_end["figures"]["knn_accuracy"])
     trained = evaluate(ada["checkpoint"], digits)
+    assert trained["knn_accuracy"] == pytest.approx(at_the_end["figures"]["knn_accuracy"], abs=0.02)
     first = min(Path(ada["checkpoint"]).parent.glob("*.safetensors"))
     begun = evaluate(str(first), digits)
     print(f"k-NN accuracy after {begun['epoch']} epochs {begun['knn_accuracy']:.3f}, "

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from training.config import override, validate
-from training.recipe import Training
+from training.recipe import SwavTraining
 
 TINY = {
     "name": "tiny",
     "model": {"trunk": {"depth": 18, "width_multiplier": 0.125, "stem": "3x3"},
               "head": {"dims": [0, 16, 8], "num_clusters": [6]}},
+    "evaluation": {"resize_size": 16, "crop_size": 16},
     "data": {"image_size": 16,
              "transforms": {"total_num_crops": 4, "num_crops": [2, 2], "size_crops": [16, 8],
                             "crop_scales": [[0.3, 1.0], [0.1, 0.3]]}},
@@ -25,6 +26,6 @@ def one_thread() -> None:
 
 
 @pytest.fixture
-def tiny() -> Callable[..., Training]:
+def tiny() -> Callable[..., SwavTraining]:
     """`tiny("loss.epsilon=0.1", ...)`: the tiny experiment with overrides."""
-    return lambda *overrides: validate(Training, override(TINY, overrides))
+    return lambda *overrides: validate(SwavTraining, override(TINY, overrides))

@@ -20,18 +20,18 @@ from training.errors import BadInput
 from training.loop import LocalStepper
 from training.objectives.objective import Objective, build_objective
 from training.optimizers.build import build_optimizer, govern, initialise_state
-from training.recipe import Training
+from training.recipe import SwavTraining
 
-Tiny = Callable[..., Training]
+Tiny = Callable[..., SwavTraining]
 EXPERIMENT = '{"name":"tiny – näher"}'.encode()
 
 
 class Run:
     """A training run whose batches depend on the epoch alone."""
 
-    def __init__(self, training: Training, epoch: int = 0) -> None:
-        self.objective = build_objective(training)
-        self.optimizer = build_optimizer(training.optimizer, self.objective.parameters())
+    def __init__(self, training: SwavTraining, epoch: int = 0, batch_size: int = 4) -> None:
+        self.objective = build_objective(training, batch_size=batch_size)
+        self.optimizer = build_optimizer(training.optimizer, self.objective)
         self.stepper = LocalStepper(self.optimizer, target_batch_size=4, epoch=epoch)
         govern(self.optimizer, self.objective, lambda now: 0.1 / (1 + now), lambda: self.stepper.epoch)
 
@@ -39,17 +39,18 @@ class Run:
         for _ in range(times):
             generator = torch.Generator().manual_seed(self.stepper.epoch)
             views = [torch.randn(8, 3, side, side, generator=generator) for side in (16, 8)]
-            self.objective(views, self.stepper.epoch)[0].backward()
+            self.objective(views, None, self.stepper.epoch)[0].backward()
             self.stepper.step(4)
 
-    def write(self, directory: Path, epoch: int | None = None, keep_last: int = 3) -> Path:
+    def write(self, directory: Path, epoch: int | None = None, keep_last: int = 3, **progress: object) -> Path:
         return write_checkpoint(
             directory, epoch=self.stepper.epoch if epoch is None else epoch, experiment=EXPERIMENT,
-            fingerprint="f00d", objective=self.objective, optimizer=self.optimizer, keep_last=keep_last)
+            fingerprint="f00d", objective=self.objective, optimizer=self.optimizer, keep_last=keep_last,
+            progress=progress)
 
     def tensors(self) -> dict[str, Tensor]:
         state = self.optimizer.state_dict()["state"]
-        return {**self.objective.state_dict(),
+        return {**self.objective.state_dict(), **self.objective.local_state(),
                 **{f"{i}.{name}": value for i, values in state.items() for name, value in values.items()}}
 
 
@@ -67,7 +68,8 @@ def complaint(path: Path) -> str:
     return str(refused.value)
 
 
-@pytest.mark.parametrize("optimiser", ["optimizer.name=sgd", "optimizer.use_larc=true", "optimizer.name=adamw"])
+@pytest.mark.parametrize("optimiser", ["optimizer.name=sgd", "optimizer.use_larc=true", "optimizer.name=adamw",
+                                       "optimizer.name=accum_adam"])
 def test_resumed_run_equals_the_one_that_went_straight_on(tiny: Tiny, tmp_path: Path, optimiser: str) -> None:
     training = tiny(optimiser, "loss.freeze_prototypes_iters=1")
     straight, first = Run(training), Run(training)
@@ -79,6 +81,39 @@ def test_resumed_run_equals_the_one_that_went_straight_on(tiny: Tiny, tmp_path: 
     assert_identical(resumed, first)
     resumed.update(2)
     assert_identical(resumed, straight)
+
+
+def test_queue_goes_on_where_it_was(tiny: Tiny, tmp_path: Path) -> None:
+    training = tiny("loss.queue.queue_length=12")
+    straight, first = Run(training), Run(training)
+    straight.update(6)
+    first.update(2)  # two of three places filled
+    resumed = Run(training, epoch=2)
+    load_into(read_checkpoint(first.write(tmp_path)), resumed.objective, resumed.optimizer)
+    resumed.update(4)
+    assert_identical(resumed, straight)
+    assert any(name.startswith("queue.") for name in straight.tensors())
+
+
+def test_queue_of_another_batch_size_starts_empty(tiny: Tiny, tmp_path: Path) -> None:
+    training = tiny("loss.queue.queue_length=14")  # 12 of which suit batches of 4
+    first, resumed = Run(training), Run(training, batch_size=7)
+    first.update(3)
+    load_into(read_checkpoint(first.write(tmp_path)), resumed.objective, resumed.optimizer)
+    assert not any(tensor.any() for tensor in resumed.objective.local_state().values())
+    assert parameters_checksum(resumed.objective) == parameters_checksum(first.objective)
+
+
+def test_checkpoint_with_a_queue_serves_an_objective_without(tiny: Tiny, tmp_path: Path) -> None:
+    first, judged = Run(tiny("loss.queue.queue_length=12")), build_objective(tiny())
+    first.update(1)
+    load_into(read_checkpoint(first.write(tmp_path)), judged)
+    assert parameters_checksum(judged) == parameters_checksum(first.objective)
+
+
+def test_progress_comes_back_as_it_was(tiny: Tiny, tmp_path: Path) -> None:
+    path = Run(tiny()).write(tmp_path, key="train/0", batch=7, precision={"loss_scale": 65536.0})
+    assert read_checkpoint(path).progress == {"key": "train/0", "batch": 7, "precision": {"loss_scale": 65536.0}}
 
 
 def test_checkpoint_says_what_it_is_of(tiny: Tiny, tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from training.data.config import Data, Synthetic
-from training.data.folder import Listing, check_data, find_images
+from training.data.folder import Listing, find_images
 from training.errors import BadInput
 
 
@@ -50,11 +49,31 @@ def test_images_outside_class_folders_make_the_folder_flat(tmp_path: Path, stray
 
 
 def test_train_and_val_folders_are_the_splits(tmp_path: Path) -> None:
-    touch(tmp_path, "train/ant/1.png", "train/bee/2.png", "val/bee/3.png", "other/4.png")
+    touch(tmp_path, "train/ant/1.png", "train/bee/2.png", "val/ant/3.png", "val/bee/4.png", "other/5.png")
     assert names(find_images(tmp_path, "train")) == ["1.png", "2.png"]
     val = find_images(tmp_path, "val")
-    assert names(val) == ["3.png"]
-    assert val.labels == (1,), "val counts its classes as train does"
+    assert names(val) == ["3.png", "4.png"]
+    assert val.labels == (0, 1)
+
+
+@pytest.mark.parametrize(("files", "odd"), [
+    (("train/ant/1.png", "train/bee/2.png", "val/bee/3.png"), r"1 only in train \(ant\);"),
+    (("train/ant/1.png", "val/ant/2.png", "val/bee/3.png"), r"1 only in val \(bee\);"),
+    (("train/ant/1.png", "val/Ant/2.png"), r"1 only in train \(ant\) and 1 only in val \(Ant\);"),
+    ((*(f"train/{number}/1.png" for number in range(9)), "val/0/2.png"), r"8 only in train \(1, 2, 3, \.\.\.\);"),
+])
+def test_classes_that_differ_between_train_and_val_are_bad_input(
+        tmp_path: Path, files: tuple[str, ...], odd: str) -> None:
+    touch(tmp_path, *files)
+    for split in ("train", "val"):
+        with pytest.raises(BadInput, match=f"whose train and val classes differ: {odd}"):
+            find_images(tmp_path, split)  # type: ignore[arg-type]
+
+
+def test_class_of_which_too_little_is_there_to_hold_anything_out_is_no_difference(tmp_path: Path) -> None:
+    touch(tmp_path, "bee/1.png", *(f"ant/{number}.png" for number in range(5)))
+    assert find_images(tmp_path, "train").labels == (0, 0, 0, 0, 1)
+    assert find_images(tmp_path, "val").labels == (0,)
 
 
 def test_beside_a_val_folder_all_else_is_train(tmp_path: Path) -> None:
@@ -88,18 +107,6 @@ def test_missing_empty_or_wrong_folder_is_bad_input(tmp_path: Path) -> None:
             find_images(tmp_path / name, "train")
 
 
-def test_what_the_experiment_asks_for_is_checked_before_any_decoding(tmp_path: Path) -> None:
-    touch(tmp_path, *(f"{number}.png" for number in range(10)))
-    own, made = Data(dataset="image_folder"), Data(dataset="synthetic", synthetic=Synthetic(num_train=64))
-    check_data(own, tmp_path, batch_size=8)
-    check_data(made, None, batch_size=64)
-    for data, folder, batch_size, expected in ((own, None, 8, "--data"), (made, tmp_path, 8, "--data"),
-                                               (own, tmp_path, 9, "batch size 9.* 1 to 8"),
-                                               (made, None, 65, "batch size 65.* 1 to 64")):
-        with pytest.raises(BadInput, match=expected):
-            check_data(data, folder, batch_size)
-
-
 def test_listing_does_not_import_torch() -> None:
-    code = "import sys, training.data.folder, training.evaluation_config; sys.exit('torch' in sys.modules)"
+    code = "import sys, training.data.checks, training.evaluation_config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from training.data.batches import Batch
 from training.loop import LocalStepper, NonFiniteLoss, Progress, StepReport, train
+from training.models.config import Amp
 from training.objectives.objective import Objective, build_objective
 from training.optimizers.build import build_optimizer
+from training.precision import Precision
 from training.recipe import Training
 
 
@@ -21,20 +24,32 @@ class Scale(Objective):
         nn.init.ones_(self.backbone.weight)
         self.epochs: list[int] = []
 
-    def forward(self, views: list[Tensor], epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, views: list[Tensor], labels: Tensor | None, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         self.epochs.append(epoch)
         pixels = views[0].float().mean()
         return (self.backbone.weight * pixels).sum(), {"pixels": pixels}
 
 
-def constant_images(*values_and_sizes: tuple[int, int]) -> list[Tensor]:
-    return [torch.full((size, 3, 2, 2), value, dtype=torch.uint8) for value, size in values_and_sizes]
+def batch_of(images: Tensor) -> Batch:
+    return Batch(0, [images], None, len(images))
 
 
-def run(batches: Iterable[Tensor], steps: int | None = None) -> tuple[Scale, list[StepReport]]:
+def constant_images(*values_and_sizes: tuple[int, int]) -> list[Batch]:
+    return [batch_of(torch.full((size, 3, 2, 2), value, dtype=torch.uint8)) for value, size in values_and_sizes]
+
+
+def crops(batch: Batch) -> list[Tensor]:
+    return batch.crops
+
+
+def full_precision(objective: Objective) -> Precision:
+    return Precision(Amp(), torch.device("cpu"), objective.parameters())
+
+
+def run(batches: Iterable[Batch], steps: int | None = None) -> tuple[Scale, list[StepReport]]:
     objective, reports = Scale(), []
     stepper = LocalStepper(torch.optim.SGD(objective.parameters(), lr=1.0), target_batch_size=8)
-    train(objective, batches, lambda images: [images], stepper, report=reports.append,
+    train(objective, batches, crops, stepper, full_precision(objective), report=reports.append,
           should_stop=lambda step: step.local_step == steps)
     return objective, reports
 
@@ -95,21 +110,20 @@ def test_report_counts_samples_and_epochs() -> None:
 def test_rate_is_that_of_recent_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 2.0, 4.0, *(4.0 + 0.5 * step for step in range(1, 200))])
     monkeypatch.setattr("training.loop.perf_counter", lambda: next(clock))
-    _, reports = run(repeat(torch.ones(4, 3, 2, 2)), steps=100)
+    _, reports = run(repeat(batch_of(torch.ones(4, 3, 2, 2))), steps=100)
     assert [r.samples_per_second for r in reports[:2]] == [2, 2]
     assert reports[-1].samples_per_second == pytest.approx(8, rel=1e-3)
 
 
 def test_training_stops_when_told_to() -> None:
-    _, reports = run(repeat(torch.ones(4, 3, 2, 2)), steps=5)
+    _, reports = run(repeat(batch_of(torch.ones(4, 3, 2, 2))), steps=5)
     assert len(reports) == 5
 
 
 def test_training_puts_the_model_into_training_mode() -> None:
     objective = Scale().eval()
-    train(objective, constant_images((1, 2)), lambda images: [images],
-          LocalStepper(torch.optim.SGD(objective.parameters(), lr=1.0), 8),
-          report=lambda _: None, should_stop=lambda _: False)
+    train(objective, constant_images((1, 2)), crops, LocalStepper(torch.optim.SGD(objective.parameters(), lr=1.0), 8),
+          full_precision(objective), report=lambda _: None, should_stop=lambda _: False)
     assert objective.training
 
 
@@ -117,14 +131,14 @@ def test_training_puts_the_model_into_training_mode() -> None:
 def test_loss_that_is_not_finite_stops_training_and_names_the_step(bad: float) -> None:
     good = torch.ones(4, 3, 2, 2)
     with pytest.raises(NonFiniteLoss, match=r"local step 4 of epoch 1"):
-        run([good, good, good, good * bad, good])
+        run([batch_of(images) for images in (good, good, good, good * bad, good)])
 
 
 def test_gradients_of_a_loss_that_is_not_finite_never_reach_the_parameters() -> None:
     objective = Scale()
     stepper = LocalStepper(torch.optim.SGD(objective.parameters(), lr=1.0), 4)
     with pytest.raises(NonFiniteLoss):
-        train(objective, [torch.full((4, 3, 2, 2), torch.nan)], lambda images: [images], stepper,
+        train(objective, [batch_of(torch.full((4, 3, 2, 2), torch.nan))], crops, stepper, full_precision(objective),
               report=lambda _: None, should_stop=lambda _: False)
     assert (stepper.epoch, objective.backbone.weight.item()) == (0, 1)
 
@@ -135,17 +149,37 @@ def test_swav_learns_to_assign_the_views_of_a_batch(tiny: Callable[..., Training
     noise = torch.Generator().manual_seed(0)
     images = torch.randint(256, (12, 3, 16, 16), dtype=torch.uint8, generator=noise)
 
-    def views(batch: Tensor) -> list[Tensor]:
-        scaled = batch.float() / 128 - 1
+    def views(batch: Batch) -> list[Tensor]:
+        scaled = batch.crops[0].float() / 128 - 1
         jittered = [scaled + 0.1 * torch.randn(scaled.shape, generator=noise) for _ in range(4)]
         return [torch.cat(jittered[:2]), torch.cat(jittered[2:])[..., ::2, ::2]]
 
     reports: list[StepReport] = []
-    train(objective, repeat(images, 40), views,
-          LocalStepper(build_optimizer(training.optimizer, objective.parameters()), 12),
+    train(objective, repeat(batch_of(images), 40), views,
+          LocalStepper(build_optimizer(training.optimizer, objective), 12), full_precision(objective),
           report=reports.append, should_stop=lambda _: False)
     assert reports[-1].loss < 0.7 * reports[0].loss
     assert reports[-1].metrics["prototype_entropy"] > 0.8
     assert replace(reports[-1], loss=0, metrics={}, samples_per_second=0) == StepReport(
         epoch=40, updated=True, local_step=40, samples_total=480, samples_accumulated=0, swarm_samples=0,
-        swarm_peers=1, samples_per_second=0, loss=0, metrics={})
+        swarm_peers=1, samples_per_second=0, learning_rate=0.01, loss=0, metrics={})
+
+
+class Overflow(Precision):
+    """Precision whose second micro-batch overflows, as float16's may."""
+
+    backwards = 0
+
+    def backward(self, loss: Tensor) -> bool:
+        self.backwards += 1
+        super().backward(loss)
+        return self.backwards != 2
+
+
+def test_a_micro_batch_whose_gradients_overflow_counts_for_nothing() -> None:
+    objective, reports = Scale(), list[StepReport]()
+    stepper = LocalStepper(torch.optim.SGD(objective.parameters(), lr=1.0), target_batch_size=8)
+    train(objective, constant_images((1, 4), (9, 4), (3, 4)), crops, stepper,
+          Overflow(Amp(), torch.device("cpu"), objective.parameters()), report=reports.append,
+          should_stop=lambda _: False, samples_before=100)
+    assert [(r.samples_total, r.updated) for r in reports] == [(104, False), (108, True)]

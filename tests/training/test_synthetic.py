@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from training.data.config import Data, Synthetic
-from training.data.sources import MemorySource, Source, open_source
-from training.data.synthetic import generate
+from training.data.open import open_source
+from training.data.sources import MemorySource, Source
+from training.data.synthetic import class_names, generate
 from training.data.views import normalise
 from training.evaluation import evaluate_pixels
 from training.evaluation_config import Evaluation
@@ -17,6 +18,7 @@ from training.models.config import Trunk
 from training.models.resnet import ResNet
 
 Show = Callable[[str], None]
+SIDE = 32
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def show(capsys: pytest.CaptureFixture[str]) -> Show:
 
 @pytest.fixture(scope="module")
 def splits() -> tuple[Source, Source]:
-    data = Data(dataset="synthetic", image_size=32)
+    data = Data(dataset="synthetic", image_size=SIDE)
     return open_source(data, None, "train"), open_source(data, None, "val")
 
 
@@ -41,6 +43,12 @@ def test_images_are_rgb_of_the_size_asked_for_and_classes_balanced() -> None:
     assert labels.bincount().tolist() == [10] * 16
 
 
+def test_classes_are_named_for_their_shape_and_texture() -> None:
+    assert class_names(Synthetic(num_shapes=2, num_textures=2)) == (
+        "disc, plain", "disc, stripes", "square, plain", "square, stripes")
+    assert len(class_names(Synthetic())) == 16
+
+
 def test_equal_seeds_give_equal_images() -> None:
     config = Synthetic(num_train=64)
     assert torch.equal(generate(config, 32, "train")[0], generate(config, 32, "train")[0])
@@ -49,7 +57,7 @@ def test_equal_seeds_give_equal_images() -> None:
 
 
 def test_train_and_val_share_no_image(splits: tuple[Source, Source]) -> None:
-    train, val = ({image.numpy().tobytes() for image in split.images(range(len(split)))} for split in splits)
+    train, val = ({image.numpy().tobytes() for image in everything(split)} for split in splits)
     assert len(train) == 4096
     assert len(val) == 1024
     assert not train & val
@@ -58,16 +66,16 @@ def test_train_and_val_share_no_image(splits: tuple[Source, Source]) -> None:
 def test_colour_tells_nothing(splits: tuple[Source, Source]) -> None:
     """k-NN on the mean of each channel stays near one in sixteen."""
     def coloured(split: Source) -> MemorySource:
-        images = split.images(range(len(split))).float()
+        images = everything(split).float()
         return MemorySource(images.mean(dim=(2, 3), keepdim=True).to(torch.uint8), split.labels)
 
     train, val = (coloured(split) for split in splits)
-    assert evaluate_pixels(train, val, Evaluation(knn_k=20))["knn_accuracy"] < 0.15
+    assert evaluate_pixels(train, val, Evaluation(knn_k=20, resize_size=1, crop_size=1))["knn_accuracy"] < 0.15
 
 
 @pytest.mark.parametrize("k", [1, 5, 20, 200])
 def test_pixels_do_not_give_the_classes_away(splits: tuple[Source, Source], k: int, show: Show) -> None:
-    accuracy = evaluate_pixels(*splits, Evaluation(knn_k=k))["knn_accuracy"]
+    accuracy = evaluate_pixels(*splits, Evaluation(knn_k=k, resize_size=SIDE, crop_size=SIDE))["knn_accuracy"]
     show(f"k-NN on raw pixels, k = {k}: {accuracy:.1%}")
     assert accuracy < 0.5
 
@@ -76,12 +84,16 @@ def test_small_supervised_resnet_finds_the_classes(splits: tuple[Source, Source]
     torch.manual_seed(0)
     trunk = Trunk(depth=18, width_multiplier=0.25, stem="3x3/2")
     network = nn.Sequential(ResNet(trunk), nn.Linear(trunk.feature_width, 16))
-    train, val = (normalise(split.images(range(len(split)))) for split in splits)
+    train, val = (normalise(everything(split)) for split in splits)
     fit(network, train, labels_of(splits[0]), passes=6)
     with torch.inference_mode():
         accuracy = (network.eval()(val).argmax(dim=1) == labels_of(splits[1])).float().mean().item()
     show(f"small supervised ResNet: {accuracy:.1%}")
     assert accuracy > 0.95
+
+
+def everything(split: Source) -> Tensor:
+    return split.images(range(len(split)), SIDE, SIDE)
 
 
 def labels_of(split: Source) -> Tensor:

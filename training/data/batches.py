@@ -1,40 +1,86 @@
-"""Batches without end: every pass over the images in an order of its own."""
+"""Batches without end: every pass over the images in an order of its own, cropped ahead of the training."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
+from dataclasses import dataclass
 from itertools import count, islice
+from threading import Barrier
 
 import torch
 from torch import Tensor
 
-from training.data.folder import check_batch_size
-from training.data.sources import Source
+from training.data.checks import check_batch_size
+from training.data.crops import draw_crops
+from training.data.draws import seeded
+from training.data.sources import DECODING_THREADS, Source, stand_ins
+from training.data.transforms_config import Transforms
+
+START_SECONDS = 60.0  # within which the system gives us all threads, or reading fails
 
 
-def batches(source: Source, batch_size: int, *, identity: str, run: int) -> Iterator[Tensor]:
-    """Endless batches of images, uint8 [batch_size, 3, S, S]; an incomplete one at a pass's end is dropped.
+@dataclass(frozen=True)
+class Batch:
+    """Crops of `samples` images, cut and brought to size; the rest of the views is made on the device."""
 
-    The order of a pass depends on `identity` (the peer's), `run` (how often that peer has started) and the
-    number of the pass: seeded alike, all peers would see one order of data, and a peer the same one after each
-    restart. Two batches are read ahead by a thread that ends when the iterator is closed.
+    number: int            # batches of this key before it
+    crops: list[Tensor]    # uint8, one [num_crops * samples, 3, size, size] per size, crop-major
+    labels: Tensor | None  # int64 [samples]
+    samples: int
+
+
+def batches(source: Source, transforms: Transforms, batch_size: int, *, key: str, start: int = 0,
+            threads: int = DECODING_THREADS) -> Iterator[Batch]:
+    """Endless batches from number `start` on; an incomplete one at a pass's end is dropped.
+
+    The order of a pass depends on `key` and the number of the pass, crops on `key` and the number of the batch: so
+    a run that goes on at `start` sees what it would have seen. `key` names the peer and how often it has started:
+    seeded alike, all peers would see one order of data, and a peer the same one after each restart.
+    `threads` threads each make whole batches, one ahead apiece; they end when the iterator is closed.
     Raises BadInput, at once, if the source cannot fill a batch.
     """
     check_batch_size(batch_size, len(source))
-    return _read_ahead(source, _orders(len(source), batch_size, f"{identity}/{run}"))
+
+    def make(number: int, indices: list[int]) -> Batch:
+        crops = source.crops(indices, draw_crops(transforms, batch_size, key, number))
+        labels = None if source.labels is None else source.labels[stand_ins(source, indices)]
+        return Batch(number, crops, labels, batch_size)
+
+    return _read_ahead(make, _orders(len(source), batch_size, key, start), threads)
 
 
-def _orders(size: int, batch_size: int, key: str) -> Iterator[list[int]]:
-    for number in count():
-        seed = int.from_bytes(sha256(f"{key}/{number}".encode()).digest()[:7])
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
-        yield from (order[start:start + batch_size] for start in range(0, size - batch_size + 1, batch_size))
+def _orders(size: int, batch_size: int, key: str, start: int) -> Iterator[tuple[int, list[int]]]:
+    per_pass = size // batch_size
+    first_pass, skipped = divmod(start, per_pass)
+    for number in count(first_pass):
+        order = torch.split(torch.randperm(size, generator=seeded(key, number, "order")), batch_size)
+        for place in range(skipped if number == first_pass else 0, per_pass):
+            yield number * per_pass + place, order[place].tolist()
 
 
-def _read_ahead(source: Source, orders: Iterator[list[int]]) -> Iterator[Tensor]:
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
-        ahead = deque(reader.submit(source.images, indices) for indices in islice(orders, 2))
-        for indices in orders:
+def _read_ahead(make: Callable[[int, list[int]], Batch], orders: Iterator[tuple[int, list[int]]],
+                threads: int) -> Iterator[Batch]:
+    started = Barrier(threads + 1, timeout=START_SECONDS)
+    readers = ThreadPoolExecutor(threads, "read-ahead", initializer=_work_alone, initargs=(started,))
+    try:
+        ahead = deque(readers.submit(make, *order) for order in islice(orders, threads + 1))
+        _restore_threads_after(started)
+        for order in orders:
             yield ahead.popleft().result()
-            ahead.append(reader.submit(source.images, indices))
+            ahead.append(readers.submit(make, *order))
+    finally:
+        readers.shutdown(cancel_futures=True)
+
+
+def _work_alone(started: Barrier) -> None:
+    """Readers are parallel among themselves: were each operation of theirs, too, they would be in each other's way."""
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # a thread takes over what is set for all when it first asks
+    started.wait()
+
+
+def _restore_threads_after(started: Barrier) -> None:
+    """`set_num_threads` holds for the thread that calls it, and for all that torch meets later."""
+    threads = torch.get_num_threads()
+    started.wait()
+    torch.set_num_threads(threads)

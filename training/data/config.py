@@ -5,69 +5,9 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from training.config import Config, nearest
+from training.data.transforms_config import PRESETS, Transforms
 
-Interval = tuple[float, float]
-
-
-class Transforms(Config):
-    """Multi-crop views (SwAV, arXiv 2006.09882, appendix A); the defaults are its published ones.
-
-    Crops come in groups of one size: `num_crops`, `size_crops` and `crop_scales` have one entry per group.
-    """
-
-    total_num_crops: int = Field(8, gt=0, description="crops per image, over all sizes: the sum of num_crops")
-    num_crops: tuple[int, ...] = Field((2, 6), min_length=1, description="crops per image, of each size")
-    size_crops: tuple[int, ...] = Field(
-        (224, 96), min_length=1, description="side of the crops, of each size, in pixels")
-    crop_scales: tuple[Interval, ...] = Field(
-        ((0.14, 1.0), (0.05, 0.14)), min_length=1,
-        description="bounds of a crop's area as a share of the image's, of each size")
-    crop_ratio: Interval = Field(
-        (3 / 4, 4 / 3), description="bounds of a crop's width over its height, drawn log-uniformly")
-    flip_probability: float = Field(
-        0.5, ge=0, le=1, description="chance that a crop is mirrored left to right")
-    color_jitter_probability: float = Field(
-        0.8, ge=0, le=1, description="chance that a crop's colours are jittered")
-    color_jitter_strength: float = Field(
-        1.0, ge=0, le=2.5, description="s: brightness, contrast and saturation change by a factor within "
-        "1 ± 0.8 s (never below 0), hue by up to 0.2 s of a turn (SimCLR, arXiv 2002.05709, appendix A)")
-    grayscale_probability: float = Field(0.2, ge=0, le=1, description="chance that a crop loses its colours")
-    blur_probability: float = Field(0.5, ge=0, le=1, description="chance that a crop is blurred")
-    blur_radius: Interval = Field(
-        (0.1, 2.0), description="bounds of the blur's standard deviation, in pixels of the crop; meant for "
-        "crops of 224 pixels: lower it with the size")
-
-    @model_validator(mode="after")
-    def _groups_agree(self) -> Self:
-        if not len(self.num_crops) == len(self.size_crops) == len(self.crop_scales):
-            raise ValueError("num_crops, size_crops and crop_scales with one entry per size of crop")
-        if self.total_num_crops != sum(self.num_crops):
-            raise ValueError(f"total_num_crops = {sum(self.num_crops)}, the sum of num_crops")
-        if min(self.num_crops) < 1 or min(self.size_crops) < 1:
-            raise ValueError("num_crops and size_crops of 1 or more")
-        return self
-
-    @model_validator(mode="after")
-    def _intervals_ascend(self) -> Self:
-        intervals = [("crop_ratio", self.crop_ratio), ("blur_radius", self.blur_radius)]
-        for name, (low, high) in intervals + [("crop_scales", scale) for scale in self.crop_scales]:
-            if not 0 < low <= high:
-                raise ValueError(f"{name} as [low, high] with 0 < low <= high")
-        if max(high for _, high in self.crop_scales) > 1:
-            raise ValueError("crop_scales of at most 1, the whole image")
-        return self
-
-
-# The variants that the paper and VISSL publish; everything that is not named keeps its default.
-PRESETS: dict[str, dict[str, Any]] = {
-    "multicrop_2x224_6x96": {},
-    "multicrop_2x224_4x96": {"total_num_crops": 6, "num_crops": (2, 4)},
-    "multicrop_2x160_4x96": {"total_num_crops": 6, "num_crops": (2, 4), "size_crops": (160, 96)},
-    "multicrop_6x160": {"total_num_crops": 6, "num_crops": (6,), "size_crops": (160,),
-                        "crop_scales": ((0.14, 1.0),)},
-    "multicrop_2x224": {"total_num_crops": 2, "num_crops": (2,), "size_crops": (224,),
-                        "crop_scales": ((0.08, 1.0),)},
-}
+CIFAR10_TRAIN, CIFAR10_SIDE = 50_000, 32  # images to train on, and their side in pixels
 
 
 class Synthetic(Config):
@@ -83,21 +23,53 @@ class Synthetic(Config):
 class Data(Config):
     """Where images come from, and the views that are made of them."""
 
-    dataset: Literal["synthetic", "image_folder"] = Field(
-        "image_folder", description="made on the spot, or each volunteer's own folder of JPEG and PNG files")
+    dataset: Literal["synthetic", "image_folder", "cifar10", "shards"] = Field(
+        "image_folder", description="made on the spot; or each volunteer's own folder: of JPEG and PNG files, of "
+        "CIFAR-10's published python batches, of tar shards")
     image_size: int = Field(
-        256, ge=8, description="side in pixels to which every image is brought (shortest side, then centre "
-        "crop) before views are cut from it: no smaller than the largest crop is sensible")
+        256, ge=8, description="side in pixels of the synthetic images; the others keep the size that they have")
+    num_classes: int | None = Field(
+        None, gt=1, description="classes to tell apart, for a classifier; the folder's must be as many; none: the "
+        "data set's own, where that is known beforehand (synthetic, cifar10)")
+    num_images: int = Field(
+        1_281_167, gt=0, description="images of one pass, from which the schedule counts passes: ImageNet's, or as "
+        "many as all volunteers' folders or shards hold apart; synthetic and cifar10 know their own")
     synthetic: Synthetic = Field(Synthetic(), description="the data set made on the spot")
     transforms: Transforms = Field(
-        Transforms(), description=f"the views, or the name of a published variant: {', '.join(PRESETS)}")
+        Transforms(), description="the views, or the name of a published variant, which may also stand as `preset` "
+        f"among what is to differ from it: {', '.join(PRESETS)}")
+
+    @property
+    def images_per_pass(self) -> int:
+        """Images of one pass over the data, for the schedule."""
+        return {"synthetic": self.synthetic.num_train, "cifar10": CIFAR10_TRAIN}.get(self.dataset, self.num_images)
+
+    @property
+    def known_classes(self) -> int | None:
+        """How many classes there are, where that is known before any image is seen."""
+        if self.dataset == "synthetic":
+            return self.synthetic.num_shapes * self.synthetic.num_textures
+        return 10 if self.dataset == "cifar10" else self.num_classes
+
+    @property
+    def known_side(self) -> int | None:
+        """Side of the images in pixels, where that is known before any image is seen."""
+        return {"synthetic": self.image_size, "cifar10": CIFAR10_SIDE}.get(self.dataset)
 
     @field_validator("transforms", mode="before")
     @classmethod
     def _preset(cls, value: Any) -> Any:
-        if not isinstance(value, str):
+        """A published variant by name, or a table whose `preset` names one that the rest is laid over."""
+        table = {"preset": value} if isinstance(value, str) else value
+        if not isinstance(table, dict) or "preset" not in table:
             return value
-        if value not in PRESETS:
-            known = list(PRESETS)
-            raise ValueError(f"one of {', '.join(known)}. {nearest(value, known)}".rstrip())
-        return PRESETS[value]
+        name, known = str(table["preset"]), list(PRESETS)
+        if name not in PRESETS:
+            raise ValueError(f"one of {', '.join(known)}. {nearest(name, known)}".rstrip())
+        return PRESETS[name] | {key: setting for key, setting in table.items() if key != "preset"}
+
+    @model_validator(mode="after")
+    def _classes_are_as_many_as_there_are(self) -> Self:
+        if self.num_classes not in (None, self.known_classes):
+            raise ValueError(f"num_classes = {self.known_classes}, which {self.dataset} has")
+        return self

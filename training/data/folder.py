@@ -8,7 +8,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from training.data.config import Data
 from training.errors import BadInput
 
 Split = Literal["train", "val"]
@@ -36,7 +35,8 @@ def find_images(folder: Path, split: Split) -> Listing:
     With a `val` subfolder, `val` is what lies in it, and `train` is all the rest: the `train` subfolder, or
     where there is none, all outside `val`. Without one, a fifth of each class is `val`, chosen by the hash of
     the names, so that every run, machine and order of listing agrees; `train` is the other four fifths.
-    A folder with images beside its class folders counts as flat. Raises BadInput if the split is empty.
+    A folder with images beside its class folders counts as flat. Raises BadInput if the split is empty, or if
+    `train` and `val` have not the same classes.
     """
     if not folder.is_dir():
         raise BadInput(f"data folder {str(folder)!r} is {'not a folder' if folder.exists() else 'missing'}",
@@ -51,32 +51,19 @@ def find_images(folder: Path, split: Split) -> Listing:
     classes = sorted({image.class_name for image in splits["train"] + splits["val"]})
     if "" in classes:
         return Listing(paths, None, None)
+    _check_equal_classes(folder, splits)
     number = {name: index for index, name in enumerate(classes)}
     return Listing(paths, tuple(number[image.class_name] for image in chosen), tuple(classes))
 
 
-def check_data(data: Data, folder: Path | None, batch_size: int) -> None:
-    """Raises BadInput for what can be seen of the volunteer's data before any image is decoded."""
-    check_dataset(data, folder)
-    count = data.synthetic.num_train if folder is None else len(find_images(folder, "train").paths)
-    check_batch_size(batch_size, count)
-
-
-def check_dataset(data: Data, folder: Path | None) -> None:
-    """Raises BadInput unless a folder is given exactly where the experiment asks for one."""
-    if data.dataset == "image_folder" and folder is None:
-        raise BadInput("no data folder", expected="a folder of JPEG or PNG images to train on",
-                       mend="Give it with --data DIR.")
-    if data.dataset == "synthetic" and folder is not None:
-        raise BadInput(f"data folder {str(folder)!r}", expected="none: this experiment makes its own images",
-                       mend="Leave out --data.")
-
-
-def check_batch_size(batch_size: int, count: int) -> None:
-    """Raises BadInput unless `count` images fill a batch: the incomplete one at a pass's end is dropped."""
-    if not 1 <= batch_size <= count:
-        raise BadInput(f"batch size {batch_size}", expected=f"1 to {count}, the number of images to train on",
-                       mend="Change --batch-size, or give more images.")
+def _check_equal_classes(folder: Path, splits: dict[Split, list[_Image]]) -> None:
+    """What is held out of one folder may miss a class of fewer than five images; folders of their own may not."""
+    train, val = ({image.class_name for image in splits[split]} for split in ("train", "val"))
+    if (folder / "val").is_dir() and train != val:
+        odd = [f"{len(names)} only in {split} ({', '.join(sorted(names)[:3])}{', ...' * (len(names) > 3)})"
+               for split, names in (("train", train - val), ("val", val - train)) if names]
+        raise BadInput(f"data folder {str(folder)!r} whose train and val classes differ: {' and '.join(odd)}",
+                       expected="the same class folders in both", mend="Check their names, or add what is missing.")
 
 
 def _splits(folder: Path) -> dict[Split, list[_Image]]:

@@ -1,37 +1,39 @@
-"""Sets of images that can be asked for by number: a folder of files, or the synthetic set."""
+"""Sets of images that can be asked for by number: encoded ones in files or shards, or pixels in memory."""
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from threading import Lock
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.v2 import functional
 
-from training.data import synthetic
-from training.data.config import Data
-from training.data.folder import Listing, Split, check_dataset, find_images
+from training.data.crops import CropDraw, cut, empty_crops
+from training.data.encoded import decode, middle
+from training.data.resampling import cut_many
+from training.data.transforms_config import Interpolation
 from training.errors import BadInput
 
 logger = logging.getLogger(__name__)
 
-CACHE_BYTES = 1 << 30  # a folder whose decoded images fit into 1 GiB is decoded once and kept in memory
-DECODING_THREADS = min(4, os.cpu_count() or 1)
+DECODING_THREADS = min(8, os.cpu_count() or 1)
 
-Skipped = dict[int, str]  # index of an image that could not be read -> its file's name; its length is the count
+Skipped = dict[int, str]  # index of an image that could not be read -> its name; its length is the count
+Made = TypeVar("Made")
 
 
 class Source(Protocol):
-    """A set of images of one size."""
+    """A set of images in RGB. In place of an image that cannot be read stands the next one that can."""
 
     @property
     def labels(self) -> Tensor | None:
         """Class of every image, int64 [N]; None where there are no classes."""
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes; None where there are none."""
 
     @property
     def skipped(self) -> Skipped:
@@ -39,102 +41,98 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def images(self, indices: Sequence[int]) -> Tensor:
-        """The images of these numbers, uint8 [B, 3, S, S] in RGB; the next readable one in place of an unreadable.
+    def crops(self, indices: Sequence[int], draw: CropDraw) -> list[Tensor]:
+        """Random crops of these images: uint8, one [num_crops * B, 3, size, size] per size, crop-major.
 
-        Raises BadInput if no image at all can be read.
+        May be called by several threads at once. Raises BadInput if no image at all can be read.
         """
 
-
-def open_source(data: Data, folder: Path | None, split: Split) -> Source:
-    """The images of `data` in one split. Raises BadInput where `folder` is not what `data.dataset` asks for."""
-    check_dataset(data, folder)
-    if folder is not None:
-        return FolderSource(find_images(folder, split), data.image_size)
-    images, labels = synthetic.generate(data.synthetic, data.image_size, split)
-    return MemorySource(images, labels)
+    def images(self, indices: Sequence[int], resize_size: int, crop_size: int,
+               interpolation: Interpolation = "bilinear") -> Tensor:
+        """For evaluation: shortest side brought to `resize_size`, central crop: uint8 [B, 3, crop_size, crop_size]."""
 
 
 class MemorySource:
-    """Images that are there already: uint8 [N, 3, S, S], and their classes, int64 [N]."""
+    """Images that are there already: uint8 [N, 3, H, W], and their classes, int64 [N]."""
 
-    def __init__(self, images: Tensor, labels: Tensor | None) -> None:
-        self.labels, self.skipped = labels, Skipped()
+    def __init__(self, images: Tensor, labels: Tensor | None, classes: tuple[str, ...] | None = None) -> None:
+        self.labels, self.classes, self.skipped = labels, classes, Skipped()
         self._images = images
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def images(self, indices: Sequence[int]) -> Tensor:
+    def crops(self, indices: Sequence[int], draw: CropDraw) -> list[Tensor]:
+        return cut_many(self._chosen(indices), draw)
+
+    def images(self, indices: Sequence[int], resize_size: int, crop_size: int,
+               interpolation: Interpolation = "bilinear") -> Tensor:
+        return middle(self._chosen(indices), resize_size, crop_size, interpolation)
+
+    def _chosen(self, indices: Sequence[int]) -> Tensor:
         return self._images[torch.as_tensor(indices, dtype=torch.int64)]
 
 
-class FolderSource:
-    """Image files, decoded when asked for by a few threads that end with the call.
+class EncodedSource:
+    """JPEG and PNG images that `read` gives by number, decoded when asked for; `where` and `name` tell users of them.
 
-    Threads, because decoding releases the GIL, and because a process forked after the DHT has started would
-    inherit its sockets and locks.
+    Several threads may ask at once: decoding and resizing release the GIL. No processes, as one forked after the
+    DHT has started would inherit its sockets and locks.
     """
 
-    def __init__(self, listing: Listing, image_size: int, cache_bytes: int = CACHE_BYTES) -> None:
-        self.labels = None if listing.labels is None else torch.tensor(listing.labels)
-        self.skipped = Skipped()
-        self._paths, self._size = listing.paths, image_size
-        shape = (len(self._paths), 3, image_size, image_size)
-        self._cache = torch.empty(shape, dtype=torch.uint8) if _bytes(shape) <= cache_bytes else None
-        self._cached: set[int] = set()
-        self._lock = Lock()  # two threads may meet one bad file; it is named once
+    def __init__(self, count: int, read: Callable[[int], bytes], name: Callable[[int], str], labels: Tensor | None,
+                 classes: tuple[str, ...] | None, *, where: str, threads: int = DECODING_THREADS) -> None:
+        self.labels, self.classes, self.skipped = labels, classes, Skipped()
+        self.read, self.name = read, name
+        self._count, self._where, self._threads = count, where, threads
+        self._lock = Lock()  # two threads may meet one bad image; it is named once
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return self._count
 
-    def images(self, indices: Sequence[int]) -> Tensor:
-        with ThreadPoolExecutor(DECODING_THREADS, thread_name_prefix="decode") as pool:
-            return torch.stack(list(pool.map(self._readable, indices)))
+    def crops(self, indices: Sequence[int], draw: CropDraw) -> list[Tensor]:
+        crops = empty_crops(len(indices), draw)
+        for place, index in enumerate(indices):
+            cut(self.readable(index, decode), draw, place, crops)
+        return crops
 
-    def _readable(self, wanted: int) -> Tensor:
-        for offset in range(len(self)):
-            index = (wanted + offset) % len(self)
-            image = None if index in self.skipped else self._image(index)
-            if image is not None:
-                return image
-        raise BadInput(f"none of the {len(self)} images in the data folder can be read, {self._paths[0]} for one",
-                       expected="JPEG or PNG files", mend="Check the data folder.")
+    def images(self, indices: Sequence[int], resize_size: int, crop_size: int,
+               interpolation: Interpolation = "bilinear") -> Tensor:
+        def one(index: int) -> Tensor:
+            return middle(self.readable(index, decode)[None], resize_size, crop_size, interpolation)
 
-    def _image(self, index: int) -> Tensor | None:
-        if self._cache is not None and index in self._cached:
-            return self._cache[index]
-        try:
-            image = read_image(self._paths[index], self._size)
-        except (OSError, RuntimeError, ValueError) as error:
-            self._skip(index, error)
-            return None
-        if self._cache is not None:
-            self._cache[index] = image
-            self._cached.add(index)
-        return image
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="decode") as pool:
+            return torch.cat(list(pool.map(one, indices)))
+
+    def readable(self, wanted: int, use: Callable[[bytes], Made]) -> Made:
+        """What `use` makes of image `wanted`, or of the next one of which it can make anything.
+
+        `use` raises OSError, RuntimeError or ValueError for an image that is corrupt. Raises BadInput if all are.
+        """
+        for offset in range(self._count):
+            index = (wanted + offset) % self._count
+            if index in self.skipped:
+                continue
+            try:
+                return use(self.read(index))
+            except (OSError, RuntimeError, ValueError) as error:
+                self._skip(index, error)
+        raise BadInput(f"none of the {self._count} images in {self._where} can be read, {self.name(0)} for one",
+                       expected="JPEG or PNG images", mend="Check the data folder.")
 
     def _skip(self, index: int, error: Exception) -> None:
         with self._lock:
             if index not in self.skipped:
-                self.skipped[index] = str(self._paths[index])
-                logger.warning("skipping %s, which cannot be read: %s", self._paths[index],
+                self.skipped[index] = self.name(index)
+                logger.warning("skipping %s, which cannot be read: %s", self.name(index),
                                str(error).partition("\n")[0])
 
 
-def read_image(path: Path, size: int) -> Tensor:
-    """The JPEG or PNG at `path` as RGB, shortest side brought to `size`, centre cropped: uint8 [3, size, size].
-
-    Raises OSError, RuntimeError or ValueError if it is no such image.
-    """
-    encoded = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
-    image = decode_image(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-    if image.dtype == torch.uint16:
-        image = (image.to(torch.int32) >> 8).to(torch.uint8)
-    resized = functional.resize(image, [size], antialias=True)
-    cropped: Tensor = functional.center_crop(resized, [size, size])
-    return cropped
+def stand_ins(source: Source, indices: Sequence[int]) -> list[int]:
+    """The numbers of the images that are shown for these: their own, or that of the next readable one."""
+    return [_stand_in(source, index) for index in indices] if source.skipped else list(indices)
 
 
-def _bytes(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
+def _stand_in(source: Source, wanted: int) -> int:
+    following = ((wanted + offset) % len(source) for offset in range(len(source)))
+    return next(index for index in following if index not in source.skipped)

@@ -5,16 +5,17 @@ ResNet find it easily, and a gigabyte need not be downloaded.
 """
 
 import math
-from hashlib import sha256
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from training.data.config import Synthetic
+from training.data.draws import seeded
 from training.data.folder import Split
 
 CHUNK = 256  # images drawn at once: few enough to stay in the processor's cache
+SHAPES, TEXTURES = ("disc", "square", "triangle", "cross"), ("plain", "stripes", "checks", "grid")
 SUPERSAMPLING = 2  # samples per pixel and axis, averaged: smooth edges
 
 
@@ -24,12 +25,17 @@ def generate(config: Synthetic, size: int, split: Split) -> tuple[Tensor, Tensor
     The class is shape * num_textures + texture. Equal seeds make equal images; the splits are drawn apart.
     """
     count = config.num_train if split == "train" else config.num_val
-    seed = int.from_bytes(sha256(f"{config.seed}/{split}".encode()).digest()[:7])
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(config.seed, split)
     labels = torch.arange(count) % (config.num_shapes * config.num_textures)
     shapes, textures = labels // config.num_textures, labels % config.num_textures
     chunks = zip(torch.split(shapes, CHUNK), torch.split(textures, CHUNK), strict=True)
     return torch.cat([_draw(*chunk, size, generator) for chunk in chunks]), labels
+
+
+def class_names(config: Synthetic) -> tuple[str, ...]:
+    """What the classes show, in their order."""
+    return tuple(f"{shape}, {texture}" for shape in SHAPES[:config.num_shapes]
+                 for texture in TEXTURES[:config.num_textures])
 
 
 def _draw(shapes: Tensor, textures: Tensor, size: int, generator: torch.Generator) -> Tensor:

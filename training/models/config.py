@@ -1,29 +1,61 @@
 """What is trained: options of `model.*`, under VISSL's names. Imports no torch."""
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from training.config import Config
+from training.models.trunk_config import Trunk
 
 
-class Trunk(Config):
-    """A ResNet (He et al., arXiv 1512.03385) in torchvision's layout, without its classifier."""
+class SyncBn(Config):
+    """BatchNorm over the batches of several processes; VISSL's SYNC_BN_CONFIG."""
 
-    name: Literal["resnet"] = Field("resnet", description="family of trunks: a module of training/models")
-    depth: Literal[18, 34, 50, 101, 152] = Field(50, description="layers, as the paper counts them")
-    width_multiplier: float = Field(
-        1.0, ge=1 / 64, description="factor on every layer's channels, rounded down: 2 is SwAV's RN50-w2, "
-        "0.5 a small one; 1/64 leaves the first stage one channel")
-    stem: Literal["7x7", "3x3", "3x3/2"] = Field(
-        "7x7", description="first convolution: 7x7 with stride 2 and a max-pool, as published, which shrinks "
-        "an image's side to a quarter; or 3x3 with stride 1 and no pooling, for images of 32 to 64 pixels "
-        "(SimCLR, arXiv 2002.05709, appendix B.9); or 3x3/2, the same with stride 2, at a quarter of the cost")
+    convert_bn_to_sync_bn: bool = Field(False, description="compute the statistics of BatchNorm over several GPUs")
+    sync_bn_type: Literal["pytorch", "apex"] = Field(
+        "pytorch", description="whose; apex is accepted and means pytorch's, which has replaced it")
+    group_size: int = Field(
+        -1, ge=-1, description="processes, of consecutive ranks, that share statistics: -1 those of one machine, "
+        "0 all of a peer's, or that many, of which the number of processes is a multiple; all where there are fewer")
 
-    @property
-    def feature_width(self) -> int:
-        """Channels of the last stage, which is the width of the pooled features."""
-        return int(512 * self.width_multiplier) * (4 if self.depth >= 50 else 1)
+
+class Amp(Config):
+    """Mixed precision; VISSL's AMP_PARAMS."""
+
+    refused: ClassVar[Mapping[str, str]] = {
+        "keep_batchnorm_fp32": "Leave it out: autocast leaves BatchNorm's weights and statistics in float32.",
+        "master_weights": "Leave it out: under autocast weights are float32 always.",
+        "loss_scale": "Leave it out: with dtype fp16 the loss is scaled dynamically, with bf16 it need not be.",
+    }
+
+    use_amp: bool = Field(False, description="compute convolutions and matrix products in `dtype`")
+    opt_level: str = Field(
+        "O1", description="Apex's name for what torch.autocast does: weights stay in float32, and what needs the "
+        "range is computed there")
+    dtype: Literal["bf16", "fp16"] = Field(
+        "bf16", description="bf16 has the range of float32; fp16, for GPUs without bf16, needs its loss scaled")
+
+    @field_validator("opt_level")
+    @classmethod
+    def _weights_stay_in_float32(cls, level: str) -> str:
+        if level == "O0":
+            raise ValueError("the level O1; for O0, which is float32 throughout, use_amp=false")
+        if level != "O1":
+            raise ValueError("the level O1: others keep weights in half precision, in which small updates and averages "
+                             "with peers are rounded away")
+        return level
+
+
+class Model(Config):
+    """A trunk, and how it is computed."""
+
+    trunk: Trunk = Field(Trunk(), description="what gives features")
+    sync_bn: SyncBn = Field(SyncBn(), description="BatchNorm over several processes")
+    amp: Amp = Field(Amp(), description="mixed precision")
+    single_pass_every_crop: bool = Field(
+        False, description="one pass of the trunk for each crop, rather than one for all crops of a size: less "
+        "memory, and BatchNorm's statistics of each crop by itself")
 
 
 class Head(Config):
@@ -44,21 +76,20 @@ class Head(Config):
         return self
 
 
-class Model(Config):
+class SwavModel(Model):
     """A trunk, which is kept, and the head that trains it."""
 
-    trunk: Trunk = Field(Trunk(), description="what gives features")
     head: Head = Field(Head(), description="what the loss sees")
 
     @property
     def head_dims(self) -> tuple[int, ...]:
-        """`head.dims` with the trunk's feature width filled in."""
-        return (self.trunk.feature_width, *self.head.dims[1:])
+        """`head.dims` with the trunk's feature width filled in, where it is known: see Trunk.feature_width."""
+        return (self.trunk.feature_width or self.head.dims[0], *self.head.dims[1:])
 
     @model_validator(mode="after")
     def _head_fits_trunk(self) -> Self:
         width = self.trunk.feature_width
-        if self.head.dims[0] not in (0, width):
+        if width and self.head.dims[0] not in (0, width):
             raise ValueError(f"head.dims to begin with {width}, the width of this trunk's features (or 0 for "
                              f"whatever it is), not {self.head.dims[0]}")
         return self

@@ -11,7 +11,8 @@ from torch.nn import functional
 class SwavHead(nn.Module):
     """Features [N, dims[0]] -> embedding [N, dims[-1]] of length 1, and scores [N, K] of each prototype head.
 
-    Where prototypes have length 1, a score is the cosine between embedding and prototype.
+    Where prototypes have length 1, a score is the cosine between embedding and prototype. From the embedding on, in
+    float32 under autocast too: bfloat16 knows cosines to 1/256, which the temperature makes a twentieth of a nat.
     """
 
     def __init__(self, dims: Sequence[int], *, use_bn: bool, num_clusters: Sequence[int]) -> None:
@@ -20,8 +21,11 @@ class SwavHead(nn.Module):
         self.prototypes = nn.ModuleList(nn.Linear(dims[-1], k, bias=False) for k in num_clusters)
 
     def forward(self, features: Tensor) -> tuple[Tensor, list[Tensor]]:
-        embedding = functional.normalize(self.projection(features), dim=1)
-        return embedding, [prototypes(embedding) for prototypes in self.prototypes]
+        projected = self.projection(features)
+        with torch.autocast(features.device.type, enabled=False):
+            wide = projected.to(torch.promote_types(projected.dtype, torch.float32))
+            embedding = functional.normalize(wide, dim=1)
+            return embedding, [prototypes(embedding) for prototypes in self.prototypes]
 
     @torch.no_grad()
     def normalise_prototypes(self) -> None:
