@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from averaging.config import Averaging
 from training.config import nearest, override, read_recipe, validate
 from training.errors import BadInput
+from training.optimizers.schedule import total_updates
 from training.recipe import ClassificationTraining, SwavTraining, Training
 
 
@@ -26,6 +27,19 @@ class Experiment(Training):
 
 class SwavExperiment(SwavTraining, Experiment):
     """SwAV, with how peers agree."""
+
+    @model_validator(mode="after")
+    def _nothing_waits_for_ever(self) -> Self:
+        """Counts that the run never reaches: DeDLOC's documents had both."""
+        end = total_updates(self.optimizer, batch_size=self.averaging.target_batch_size,
+                            images_per_pass=self.data.images_per_pass)
+        if self.loss.queue.queue_length and self.loss.queue.start_iter >= end:
+            raise ValueError(f"loss.queue.start_iter below {end}, the collaborative epochs of the run, or there would "
+                             f"never be a queue, not {self.loss.queue.start_iter}")
+        if self.loss.freeze_prototypes_iters >= end:
+            raise ValueError(f"loss.freeze_prototypes_iters below {end}, the collaborative epochs of the run, or "
+                             f"prototypes would never move, not {self.loss.freeze_prototypes_iters}")
+        return self
 
 
 class ClassificationExperiment(ClassificationTraining, Experiment):

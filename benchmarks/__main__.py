@@ -19,6 +19,7 @@ from time import monotonic
 from rich.console import Console
 
 from benchmarks import data_path, step
+from benchmarks.lone_loop import BATCH, MEMORY_FORMAT
 
 PAIRS = 3  # turns of each comparison
 WINDOW_SECONDS = 12.0  # that each measurement lasts, from the end of an epoch to the end of an epoch
@@ -88,8 +89,9 @@ def with_swarm(volunteers: int, overrides: Sequence[str], folder: Path) -> list[
                   str(folder / "coordinator")], folder / "coordinator.log") as coordinator:
         assert coordinator.stdout is not None
         link = json.loads(coordinator.stdout.readline())["link"]
-        return measure([["peer.cli", "join", link, *local, "--name", f"lane{number}", "--threads", "1", "--batch-size",
-                         "64", "--state-dir", str(folder / f"lane{number}")] for number in range(volunteers)], folder)
+        return measure([["peer.cli", "join", link, *local, "--name", f"lane{number}", "--threads", "1",
+                         "--batch-size", str(BATCH), "--memory-format", MEMORY_FORMAT,
+                         "--state-dir", str(folder / f"lane{number}")] for number in range(volunteers)], folder)
 
 
 def compare(lanes: int, console: Console) -> None:

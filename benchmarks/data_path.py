@@ -7,6 +7,7 @@ process does it, which is counted too.
 
 import tempfile
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from random import uniform
 from statistics import median
@@ -135,7 +136,8 @@ def measure(rivals: dict[str, Pipeline]) -> dict[str, list[float]]:
 
 def show(rates: dict[str, list[float]], console: Console) -> None:
     """A line per rival, then the ratios that are goals."""
-    console.print(f"data path: images/s on one core, JPEGs of 500 x 375, {TRANSFORMS.total_num_crops} crops each, "
+    console.print(f"covey data path, {date.today()}: images/s on one core, JPEGs of 500 x 375, "
+                  f"{TRANSFORMS.total_num_crops} crops each, "
                   f"{TURNS} turns of {IMAGES} images", soft_wrap=True)
     meaning = {"PIL": "torchvision's transforms on PIL images", "lightly": "lightly's SwaVTransform",
                "workers": "covey's workers: decode, crop, resize", "total": "covey's workers and views, all on the CPU"}

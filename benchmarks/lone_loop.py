@@ -16,11 +16,12 @@ from training.data.open import open_source
 from training.data.views import Views
 from training.loop import LocalStepper, StepReport, train
 from training.objectives.objective import build_objective
-from training.optimizers.build import build_optimizer
+from training.optimizers.build import build_optimizer, govern
+from training.optimizers.schedule import learning_rate
 from training.precision import Precision
 from training.tuning import keep_memory, lay_out
 
-BATCH = 64
+BATCH, MEMORY_FORMAT = 64, "channels_last"  # the peers' as well
 
 
 def main() -> None:
@@ -31,8 +32,11 @@ def main() -> None:
     cpu, key, transforms = torch.device("cpu"), f"bench/{time.time_ns()}", experiment.data.transforms
     objective = build_objective(experiment, batch_size=BATCH)
     precision = Precision(experiment.model.amp, cpu, objective.parameters())
-    lay_out(objective, "auto", transforms.size_crops, cpu, precision)
+    lay_out(objective, MEMORY_FORMAT, transforms.size_crops, cpu, precision)
     stepper = LocalStepper(build_optimizer(experiment.optimizer, objective), experiment.averaging.target_batch_size)
+    govern(stepper.optimizer, objective, partial(
+        learning_rate, experiment.optimizer, batch_size=experiment.averaging.target_batch_size,
+        images_per_pass=experiment.data.images_per_pass), epoch=lambda: stepper.epoch)
     told = 0
 
     def report(step: StepReport) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from statistics import median
 from typing import Any
 
@@ -114,7 +115,8 @@ def where_time_goes(lane: Lane) -> str:
 def main() -> None:
     """All cases."""
     console = Console(highlight=False)
-    console.print(f"covey step: images/s of a step (forward, loss, backward, update) beside lightly's, {TURNS} turns",
+    console.print(f"covey step, {date.today()}: images/s of a step (forward, loss, backward, update) beside lightly's, "
+                  f"{TURNS} turns, {torch.get_num_threads()} threads",
                   soft_wrap=True)
     for case in CASES:
         show(case, measure(*case), console)

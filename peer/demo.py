@@ -52,6 +52,9 @@ async def run_demo(overrides: Sequence[str], *, epochs: int | None, state_dir: P
     console, experiment = Console(highlight=False), load_experiment("demo", overrides)
     epochs = epochs or total_updates(experiment.optimizer, batch_size=experiment.averaging.target_batch_size,
                                      images_per_pass=experiment.data.images_per_pass)
+    if experiment.data.dataset != "synthetic":
+        raise BadInput(f"data.dataset = {experiment.data.dataset!r} for the demo", expected="synthetic, which it makes "
+                       "on the spot", mend="For images of your own, `covey coordinator` and `covey join --data DIR`.")
     _require_empty(state_dir)
     interrupted = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

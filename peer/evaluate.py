@@ -36,5 +36,5 @@ def lines(figures: dict[str, Any]) -> str:
     """The figures for people."""
     return "\n".join([
         figures["checkpoint"],
-        f"epoch {figures['epoch']}, {figures['train_images']:,} images to compare with, on {figures['val_images']:,}:",
+        f"epoch {figures['epoch']}, on {figures['val_images']:,} images (and {figures['train_images']:,} to train on):",
         *(f"{name} {figures[key]:.1%}" for key, name in NAMES.items() if key in figures)])

@@ -20,6 +20,8 @@ class Machine(Config):
         "disk has, less one")
     loader: Literal["torchvision", "dali"] = Field(
         "torchvision", description="what decodes and crops: torchvision, or NVIDIA DALI where that is installed")
+    readers: int | None = Field(
+        None, gt=0, description="threads that decode and crop, each a batch ahead; none: one per core, 8 at most")
     batch_size: int = Field(
         32, gt=0, description="images per micro-batch: as many as the device's memory takes; gradients gather until "
         "they stand for averaging.target_batch_size images, the swarm's where there is one")
@@ -35,7 +37,8 @@ class Machine(Config):
         None, gt=0, description="end in good order once this epoch is reached, that is after so many updates")
     checkpoint_every_epochs: int = Field(
         10, gt=0, description="epochs between checkpoints; one more is written at the end and on Ctrl-C")
-    keep_last_checkpoints: int = Field(3, gt=0, description="older checkpoints than this many are deleted")
+    keep_last_checkpoints: int = Field(
+        3, ge=2, description="older checkpoints than this many are deleted; never all but the one being written")
     evaluate_every_epochs: int | None = Field(
         None, gt=0, description="epochs between evaluations on the validation images: k-NN, or top-1 and top-5 of a "
-        "classifier; none: never in between")
+        "classifier; none: never in between. A swarm goes on meanwhile")

@@ -44,7 +44,7 @@ def _parameter(kind: type[Config], field: str, aliases: Mapping[str, str], *, mu
     info = kind.model_fields[field]
     flag = "--" + field.replace("_", "-")
     default = ",".join(info.default) if isinstance(info.default, tuple) else info.default
-    shown = "" if info.is_required() or default in {None, False} else f"; default {default}"
+    shown = "" if info.is_required() or default is None or default is False else f"; default {default}"
     option = typer.Option(*[flag, aliases[field]] if field in aliases else [flag],
                           help=f"{info.description}{shown}", show_default=False)
     kind_of_value = _plain(info.annotation) if must else Optional[_plain(info.annotation)]  # noqa: UP045

@@ -67,7 +67,7 @@ def _draw(chart: Chart, curves: Mapping[str, Curve], title: str) -> Figure:
             width = len(values) // 20
             axes.plot(epochs, values, color=color, alpha=0.3, linewidth=1, label=label)
             axes.plot(epochs, _running_mean(values, width), line, color=color, linewidth=2,
-                      label=f"mean of {width} epochs")
+                      label=f"mean of {width} points")
         elif values:
             axes.plot(epochs, values, line, color=color, marker=marker, markersize=4, linewidth=2, label=label)
     axes.set_title(title, loc="left")

@@ -42,10 +42,15 @@ async def start_worker(command: Sequence[str], log: Path, scratch: Path) -> Work
             process = await asyncio.create_subprocess_exec(
                 *command, "--events-fd", str(write_end), "--parent-pid", str(os.getpid()),
                 stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output,
-                env={**os.environ, "TMPDIR": str(scratch)}, pass_fds=[write_end], start_new_session=True)
+                env=_environment(scratch, log.parent), pass_fds=[write_end], start_new_session=True)
     except BaseException:
         os.close(read_end)
         raise
     finally:
         os.close(write_end)
     return Worker(process, read_end)
+
+
+def _environment(scratch: Path, state_dir: Path) -> dict[str, str]:
+    """Temporary files go to `scratch`; what torch.compile makes stays, for the next worker."""
+    return {"TORCHINDUCTOR_CACHE_DIR": str(state_dir / "compiled"), **os.environ, "TMPDIR": str(scratch)}

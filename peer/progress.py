@@ -71,19 +71,21 @@ class Tally:
     """Gathers Step events into epochs."""
 
     def __init__(self) -> None:
+        self.start(0)
+
+    def start(self, epoch: int) -> None:
+        """A worker has started, at `epoch`, and counts its samples from 0."""
         self._samples_total = 0
-        self.begin(0)
+        self.begin(epoch)
 
     def begin(self, epoch: int) -> None:
-        """Steps from now on count towards the update after `epoch`: a worker started, or downloaded that state."""
+        """Steps from now on count towards the update after `epoch`, which was reached or downloaded."""
         self._epoch, self._samples, self._own_samples, self._losses = epoch, 0, 0, list[float]()
 
     def step(self, status: PeerStatus) -> Epoch | None:
         """The epoch that the last step ended, if it did. A step that ends one counts towards it."""
         step = status.step
         self._losses.append(step.loss)
-        if step.samples_total < self._samples_total:  # a new worker counts from 0
-            self._samples_total = 0
         self._own_samples += step.samples_total - self._samples_total
         self._samples_total = step.samples_total
         self._samples = max(self._samples, step.swarm_samples)
@@ -105,7 +107,7 @@ class JsonLines:
         """See peer.supervisor.Observer. Epochs stand for the steps, which are too many."""
         match event.WhichOneof("event"):
             case "started":
-                self._tally.begin(event.started.epoch)
+                self._tally.start(event.started.epoch)
                 self._put("ready", event.started, daemon_pid=status.daemon_pid, worker_pid=status.worker_pid,
                           metrics_url=status.metrics_url)
             case "step":
@@ -144,16 +146,17 @@ class Lines:
         """See peer.supervisor.Observer."""
         match event.WhichOneof("event"):
             case "started":
-                self._tally.begin(event.started.epoch)
+                self._tally.start(event.started.epoch)
                 self._started(event.started)
             case "step":
                 if ended := self._tally.step(status):
                     self._write(epoch_line(ended))
                 self._now(step_line(status))
-            case "state_loaded" if event.state_loaded.succeeded:
+            case "state_loaded":
                 loaded = event.state_loaded
                 self._tally.begin(loaded.epoch)
-                self._write(f"downloaded the swarm's state of epoch {loaded.epoch} in {loaded.seconds:.1f} s")
+                if loaded.succeeded:
+                    self._write(f"downloaded the swarm's state of epoch {loaded.epoch} in {loaded.seconds:.1f} s")
             case "evaluated":
                 self._write(f"epoch {event.evaluated.epoch:>5} on the validation images: "
                             f"{accuracies(event.evaluated.figures)}")
@@ -164,7 +167,8 @@ class Lines:
 
     def restarting(self, exit_code: int, delay_seconds: float, status: PeerStatus) -> None:
         """See peer.supervisor.Observer."""
-        self._write(f"the worker failed (exit code {exit_code}); starting it again in {delay_seconds:g} s")
+        self._write(f"the worker failed (exit code {exit_code}); starting it again in {delay_seconds:g} s; "
+                    f"its log is {status.state_dir}/worker.log")
 
     def _started(self, started: WorkerEvent.Started) -> None:
         self._write(f"training on {started.device}: {started.parameters:,} parameters, {started.images:,} images, "

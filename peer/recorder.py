@@ -25,19 +25,22 @@ class Recorder:
         self._csv, self._tally = CsvLogger(path), Tally()
         self._samples = int(rows[-1].get("samples_total", 0)) if rows else 0
         self._values: dict[str, float] = {}  # of the last row
+        self._epoch = -1  # likewise
         self._failed = False
 
     def event(self, event: WorkerEvent, status: PeerStatus) -> None:
         """See peer.supervisor.Observer."""
         match event.WhichOneof("event"):
             case "started":
-                self._tally.begin(event.started.epoch)
+                self._tally.start(event.started.epoch)
             case "step":
                 self._step(status)
-            case "state_loaded" if event.state_loaded.succeeded:
+            case "state_loaded":
                 self._tally.begin(event.state_loaded.epoch)
             case "evaluated":
-                self._write({**self._values, **event.evaluated.figures}, event.evaluated.epoch)
+                epoch = event.evaluated.epoch
+                known = self._values if epoch == self._epoch else {}  # none, after a download that passed over epochs
+                self._write({**known, **event.evaluated.figures}, epoch)
 
     def restarting(self, exit_code: int, delay_seconds: float, status: PeerStatus) -> None:
         """See peer.supervisor.Observer."""
@@ -49,6 +52,7 @@ class Recorder:
                 "samples_total": self._samples, "samples_per_second": ended.samples_per_second,
                 "learning_rate": status.step.learning_rate, "loss": ended.loss, **status.step.metrics,
                 "swarm_samples": ended.samples, "peers": ended.peers, "group_size": ended.group_size}
+            self._epoch = ended.epoch
             self._write(self._values, ended.epoch)
 
     def _write(self, values: dict[str, float], epoch: int) -> None:

@@ -23,13 +23,13 @@ from training.checkpoint import parameters_checksum
 from training.data.batches import batches
 from training.data.checks import check_data
 from training.data.open import open_source
-from training.data.sources import Source
+from training.data.sources import Source, readers
 from training.data.views import Views
 from training.errors import BadInput
 from training.evaluation import evaluate
 from training.evaluation.features import check_classes
 from training.loop import NonFiniteLoss, StepReport, train
-from training.objectives.checks import warnings
+from training.objectives.checks import pass_warnings, require_queue_within, warnings
 from training.tuning import keep_memory
 
 
@@ -40,12 +40,12 @@ def train_alone(experiment: Experiment, config: RunConfig, *, as_json: bool) -> 
     """
     require_one_process()
     check_loggers(config.loggers, config.metrics_port or 0)
-    check_data(experiment.data, config.data, config.batch_size, config.loader)
+    require_queue_within(experiment, check_data(experiment.data, config.data, config.batch_size, config.loader))
     keep_memory()
     torch.set_num_threads(config.threads or torch.get_num_threads())
     run = LoneRun(experiment, config, choose_device(config.device))
     folder = bring_near(experiment.data, config.data, config.preload, config.preload_gib)
-    images = open_source(experiment.data, folder, "train", loader=config.loader)
+    images = open_source(experiment.data, folder, "train", threads=readers(config.readers), loader=config.loader)
     validation = open_validation(experiment, config, images, folder)
     with ExitStack() as held:
         held.enter_context(open_state_dir(config.run_dir, role="run", run_id=run_id(experiment), option="--run-dir"))
@@ -86,7 +86,7 @@ def open_validation(experiment: Experiment, config: RunConfig, images: Source, f
 
 
 def _tell_start(run: LoneRun, teller: Teller, images: int, *, judged: bool) -> None:
-    for message in warnings(run.experiment, run.config.batch_size):
+    for message in (*warnings(run.experiment, run.config.batch_size), *pass_warnings(run.experiment, images)):
         teller.tell("warning", message=message)
     if not run.exact:
         teller.tell("warning", message="another batch size than before: the run goes on about where it was in its data")
@@ -124,7 +124,8 @@ class Course:
     def _train(self) -> None:
         run, transforms = self._run, self._run.experiment.data.transforms
         views = Views(transforms, run.key)
-        stream = batches(self._images, transforms, run.config.batch_size, key=run.key, start=run.batch)
+        stream = batches(self._images, transforms, run.config.batch_size, key=run.key, start=run.batch,
+                         threads=readers(run.config.readers))
         with closing(stream):  # type: ignore[type-var]  # a generator, whose threads end with it
             try:
                 train(run.objective, stream, partial(views, device=run.device), run.stepper, run.precision,
@@ -132,7 +133,7 @@ class Course:
             except (ZeroDivisionError, OverflowError):
                 raise  # a bug of ours, and none of the numbers
             except ArithmeticError as error:
-                dump = run.objective.write_dump()
+                dump = None if isinstance(error, NonFiniteLoss) else run.objective.write_dump()
                 raise NonFiniteLoss(f"{error}; the last good checkpoint is in {run.config.checkpoints}"
                                     + (f", what led to it in {dump}" if dump else "")) from None
 

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 
 from averaging.dht import open_identity, start_dht
-from averaging.experiment import parse
+from averaging.experiment import Experiment, parse
 from averaging.process import die_with_parent
 from averaging.progress import record_validators
 from averaging.strategies.collaborative import Collaborative
+from peer.config import PeerConfig
 from peer.device import choose_device
 from peer.events import EventWriter
 from peer.job import Job, read_job
@@ -35,9 +36,11 @@ from proto.peer_pb2 import WorkerEvent
 from training.checkpoint import load_into, newest_checkpoint, parameters_checksum, read_checkpoint, write_checkpoint
 from training.data.batches import batches
 from training.data.open import open_source
+from training.data.sources import Source, readers
 from training.data.views import Views
 from training.errors import BadInput
 from training.evaluation import evaluate
+from training.evaluation.features import check_classes
 from training.loop import StepReport, train
 from training.objectives.objective import Objective, build_objective
 from training.optimizers.build import build_optimizer, govern, initialise_state
@@ -61,18 +64,19 @@ def main() -> None:
     die_with_parent(arguments.parent_pid)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # says in the log where a worker that hangs is
-    leave = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: leave.set())
     events = EventWriter(arguments.events_fd)
     try:
-        take_part(read_job(arguments.state_dir), events, leave)
+        take_part(read_job(arguments.state_dir), events)
     except BadInput as error:
         events.send(WorkerEvent(refused=WorkerEvent.Refused(message=str(error))))
         sys.exit(2)
+    except ArithmeticError as error:  # the loss is no number: the next worker goes on from the last checkpoint
+        log.error("%s", error)
+        sys.exit(1)
 
 
-def take_part(job: Job, events: EventWriter, leave: threading.Event) -> None:
-    """Train in the swarm until `leave` is set or the job's last epoch is reached."""
+def take_part(job: Job, events: EventWriter) -> None:
+    """Train in the swarm until SIGTERM or the job's last epoch. Before training, SIGTERM ends the process at once."""
     experiment, config = parse(job.experiment), job.config
     key = open_identity(config.identity_path)
     dht = start_dht(identity_path=config.identity_path, host_maddrs=config.host_maddrs, client_mode=config.client_mode,
@@ -82,14 +86,10 @@ def take_part(job: Job, events: EventWriter, leave: threading.Event) -> None:
         keep_memory()
         torch.set_num_threads(config.threads or torch.get_num_threads())
         device, transforms = choose_device(config.device), experiment.data.transforms
-        folder = bring_near(experiment.data, config.data, config.preload, config.preload_gib)
-        source = open_source(experiment.data, folder, "train", loader=config.loader)
-        validation = open_source(experiment.data, folder, "val") if config.evaluate_every_epochs else None
+        source, validation = open_data(experiment, config)
         # a restart must not repeat the order of images, nor the views, of the start before
         draws = f"{dht.peer_id}/{time.time_ns()}"
-        objective = build_objective(experiment, batch_size=config.batch_size, output_dir=config.state_dir).to(device)
-        precision = Precision(experiment.model.amp, device, objective.parameters())
-        lay_out(objective, config.memory_format, transforms.size_crops, device, precision)
+        objective, precision = build(experiment, config, device)
         telemetry = Telemetry(events, dht, job, key, device=str(device),
                               lifetime_seconds=experiment.averaging.report_progress_expiration)
         stepper = Collaborative(
@@ -107,6 +107,8 @@ def take_part(job: Job, events: EventWriter, leave: threading.Event) -> None:
             stepper.resume(restore(job, objective, stepper.optimizer, precision))
             if config.compile:
                 objective.backbone.compile()
+            leave, seen = threading.Event(), stepper.epoch
+            signal.signal(signal.SIGTERM, lambda *_: leave.set())
             telemetry.started(objective, source, stepper.epoch)
 
             def checkpoint(epoch: int) -> str:
@@ -117,20 +119,26 @@ def take_part(job: Job, events: EventWriter, leave: threading.Event) -> None:
                 telemetry.checkpointed(path, epoch)
                 return path
 
+            def is_due(every: int | None, epoch: int) -> bool:
+                return every is not None and epoch // every > seen // every  # a download may pass over epochs
+
             def should_stop(report: StepReport) -> bool:
-                every = config.evaluate_every_epochs
-                if validation and every and report.updated and report.epoch % every == 0:
-                    telemetry.evaluated(report.epoch, evaluate(objective, source, validation, experiment))
-                if report.updated and report.epoch % config.checkpoint_every_epochs == 0:
-                    checkpoint(report.epoch)
+                nonlocal seen
+                if report.epoch != seen:
+                    with stepper.resting():
+                        if is_due(config.checkpoint_every_epochs, report.epoch):
+                            checkpoint(report.epoch)
+                        if validation and is_due(config.evaluate_every_epochs, report.epoch) and not leave.is_set():
+                            telemetry.evaluated(report.epoch, evaluate(objective, source, validation, experiment))
+                    seen = report.epoch
                 return leave.is_set() or report.epoch >= (config.stop_at_epoch or math.inf)
 
-            images = batches(source, transforms, config.batch_size, key=draws)
+            images = batches(source, transforms, config.batch_size, key=draws, threads=readers(config.readers))
             with hurrying(leave, stepper), closing(images):  # type: ignore[type-var]  # a generator: its threads end with it
                 train(objective, images, partial(Views(transforms, draws), device=device), stepper, precision,
                       report=telemetry.step, should_stop=should_stop)
-            if not leave.is_set():
-                stepper.settle()  # whoever stops by epoch stops with the swarm's parameters, not just its own
+                if not leave.is_set():
+                    stepper.settle()  # whoever stops by epoch stops with the swarm's parameters, not just its own
             telemetry.leaving()
             finished = WorkerEvent.Finished(epoch=stepper.epoch, parameters_checksum=parameters_checksum(objective),
                                             checkpoint=checkpoint(stepper.epoch))
@@ -139,6 +147,25 @@ def take_part(job: Job, events: EventWriter, leave: threading.Event) -> None:
         events.send(WorkerEvent(finished=finished))
     finally:
         dht.shutdown()
+
+
+def open_data(experiment: Experiment, config: PeerConfig) -> tuple[Source, Source | None]:
+    """The images to train on, and those to evaluate on if that is wanted. Raises BadInput."""
+    folder = bring_near(experiment.data, config.data, config.preload, config.preload_gib)
+    source = open_source(experiment.data, folder, "train", threads=readers(config.readers), loader=config.loader)
+    if not config.evaluate_every_epochs:
+        return source, None
+    validation = open_source(experiment.data, folder, "val", threads=readers(config.readers))
+    check_classes(source, validation)
+    return source, validation
+
+
+def build(experiment: Experiment, config: PeerConfig, device: torch.device) -> tuple[Objective, Precision]:
+    """What is trained, on `device`, laid out as is fastest there. Raises BadInput for what the device can't do."""
+    objective = build_objective(experiment, batch_size=config.batch_size, output_dir=config.state_dir).to(device)
+    precision = Precision(experiment.model.amp, device, objective.parameters())
+    lay_out(objective, config.memory_format, experiment.data.transforms.size_crops, device, precision)
+    return objective, precision
 
 
 @contextmanager

@@ -170,8 +170,8 @@ def _sha256(path: Path) -> str:
 
 
 def _prune(directory: Path, keep_last: int, written: Path) -> None:
-    """Removes what is older than the newest `keep_last`, never `written`, and what a crash left half-written."""
-    others = sorted(path for path in directory.glob("epoch-*.safetensors") if path != written)
+    """Removes what is older than the newest `keep_last` up to `written`, and what a crash left half-written."""
+    others = sorted(path for path in directory.glob("epoch-*.safetensors") if path < written)
     for path in others[:max(0, len(others) - (keep_last - 1))]:
         path.with_suffix(".json").unlink(missing_ok=True)
         path.unlink(missing_ok=True)

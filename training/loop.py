@@ -91,7 +91,6 @@ def train(objective: Objective, batches: Iterable[Batch], views: Callable[[Batch
         samples_total += batch.samples
         recent_samples = 0.9 * recent_samples + batch.samples
         recent_seconds = 0.9 * recent_seconds + now - started
-        started = now
         this_step = StepReport(
             epoch=progress.epoch, updated=progress.updated, local_step=local_step, samples_total=samples_total,
             samples_accumulated=progress.samples_accumulated, swarm_samples=progress.swarm_samples,
@@ -101,6 +100,7 @@ def train(objective: Objective, batches: Iterable[Batch], views: Callable[[Batch
         report(this_step)
         if should_stop(this_step):
             return
+        started = perf_counter()  # what others did in between, evaluation say, was no training
 
 
 class LocalStepper:

@@ -27,6 +27,7 @@ class Precision:
         if self.dtype == torch.float16 and device.type == "cpu":
             raise BadInput("model.amp.dtype = 'fp16' on a CPU", expected="bf16 there: float16 is slower than float32",
                            mend="Set model.amp.dtype=bf16 or model.amp.use_amp=false for all, or join with a GPU.")
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = amp.tf32
         self._device, self._parameters = device, list(parameters)
         self._scale, self._good_steps = INITIAL_SCALE if self.dtype == torch.float16 else 1.0, 0
 

@@ -63,14 +63,6 @@ class SwavTraining(Training):
         return self
 
     @model_validator(mode="after")
-    def _queue_starts_in_time(self) -> Self:
-        queue, end = self.loss.queue, self.optimizer.max_epochs
-        if queue.queue_length and end and queue.start_iter >= end:
-            raise ValueError(f"loss.queue.start_iter below optimizer.max_epochs = {end}, or the queue would never be "
-                             f"used, not {queue.start_iter}: both count collaborative epochs")
-        return self
-
-    @model_validator(mode="after")
     def _crops_suit_the_loss(self) -> Self:
         crops = self.data.transforms.total_num_crops
         if crops < 2:

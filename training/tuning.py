@@ -13,6 +13,7 @@ from training.objectives.objective import Objective
 from training.precision import Precision
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+BATCH = 32           # images of each size; fewer would keep a GPU busy with launching kernels, in any format
 PIXELS = 16 * 96**2  # of a pass, about: with fewer, converting weights outweighs the rest, and the wrong format wins
 GAIN = 0.97          # of the contiguous time: what is not faster than that is not worth the change
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
@@ -71,9 +72,9 @@ def _copy(backbone: nn.Module, form: torch.memory_format) -> nn.Module:
 
 def _seconds(trunk: nn.Module, form: torch.memory_format, sizes: Sequence[int], device: torch.device,
              precision: Precision) -> float:
-    """How long one forward and backward pass takes over a small batch of each size."""
-    images = [torch.randn(min(32, max(4, PIXELS // size**2)), 3, size, size, device=device).contiguous(
-        memory_format=form) for size in sizes]
+    """How long one forward and backward pass takes over a small batch of each size; on a CPU, a smaller one."""
+    images = [torch.randn(min(BATCH, max(4, PIXELS // size**2)) if device.type == "cpu" else BATCH, 3, size, size,
+                          device=device).contiguous(memory_format=form) for size in sizes]
     _finish(device)
     started = perf_counter()
     with precision.autocast():

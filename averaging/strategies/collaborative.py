@@ -6,7 +6,8 @@ fail with its own gradients, and the next state round pulls the parameters toget
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
@@ -108,6 +109,12 @@ class Collaborative:
         gathered = before + samples if updated else tracker.global_progress.samples_accumulated
         return Progress(epoch=self.epoch, samples_accumulated=tracker.local_progress.samples_accumulated,
                         swarm_samples=gathered, swarm_peers=tracker.global_progress.num_peers, updated=updated)
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """While inside, no time passes for the samples per second that the swarm is told of: nothing is trained."""
+        with self._swarm.tracker.performance_ema.pause():
+            yield
 
     def settle(self) -> None:
         """Wait for the state averaging that runs in the background, and apply it."""

@@ -40,14 +40,17 @@ def tell(observer: JsonLines | Lines, story: list[WorkerEvent]) -> PeerStatus:
 def test_a_step_that_ends_an_epoch_counts_towards_it() -> None:
     tally, status, ended = Tally(), PeerStatus(group_size=2), []
     tally.begin(4)
-    for event in (step(4, 3.0, 32, 16), step(4, 2.0, 64, 32), step(5, 1.0, 0, 48), step(5, 8.0, 32, 16),
-                  step(6, 4.0, 96, 32)):  # from the fourth on a new worker's, which counts from 0
+    for event in (step(4, 3.0, 32, 16), step(4, 2.0, 64, 32), step(5, 1.0, 0, 48)):
+        fold(status, event)
+        ended.append(tally.step(status))
+    tally.start(5)  # a new worker, which counts from 0
+    for event in (step(5, 8.0, 32, 64), step(6, 4.0, 96, 80)):
         fold(status, event)
         ended.append(tally.step(status))
     assert ended[:2] == [None, None]
     rest = {"peers": 3, "group_size": 2, "samples_per_second": 50}
     assert ended[2] == Epoch(epoch=5, own_samples=48, samples=64, loss=2.0, **rest)
-    assert ended[4] == Epoch(epoch=6, own_samples=32, samples=96, loss=6.0, **rest)
+    assert ended[4] == Epoch(epoch=6, own_samples=80, samples=96, loss=6.0, **rest)
 
 
 def test_a_jump_to_the_swarm_s_state_is_no_epoch_of_ours() -> None:

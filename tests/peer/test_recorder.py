@@ -74,3 +74,10 @@ def test_a_table_of_somebody_else_s_is_refused_at_the_start(tmp_path: Path) -> N
     (tmp_path / "metrics.csv").write_text("name,mark\nada,1\n")
     with pytest.raises(BadInput, match=r"metrics\.csv"):
         Recorder(tmp_path)
+
+
+def test_an_evaluation_after_a_download_takes_no_other_epoch_s_figures(tmp_path: Path) -> None:
+    record(tmp_path, started(), step(1, 2, 32), WorkerEvent(
+        state_loaded=WorkerEvent.StateLoaded(epoch=7, succeeded=True)), step(7, 3, 40), WorkerEvent(
+        evaluated=WorkerEvent.Evaluated(epoch=7, figures={"knn_accuracy": 0.75})))
+    assert read_rows(tmp_path / "metrics.csv")[-1] == {"epoch": 7, "knn_accuracy": 0.75}

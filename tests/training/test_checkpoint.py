@@ -148,6 +148,15 @@ def test_what_was_just_written_is_kept_even_beside_later_epochs(tiny: Tiny, tmp_
     assert read_checkpoint(run.write(tmp_path, epoch=5, keep_last=1)).epoch == 5
 
 
+def test_a_corrupt_later_checkpoint_takes_no_good_one_s_place(tiny: Tiny, tmp_path: Path) -> None:
+    run = Run(tiny())
+    for epoch in (40, 50):
+        run.write(tmp_path, epoch=epoch, keep_last=2)
+    (tmp_path / "epoch-00000050.safetensors").write_bytes(b"cut")
+    run.write(tmp_path, epoch=41, keep_last=2)
+    assert {path.stem for path in tmp_path.glob("*.json")} >= {"epoch-00000040", "epoch-00000041"}
+
+
 def test_epoch_written_again_replaces_its_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
     run = Run(tiny())
     run.write(tmp_path, epoch=1)

@@ -117,3 +117,9 @@ def test_gradients_that_overflow_at_every_scale_end_training() -> None:
     assert not precision.backward(through_float16(parameter, float("inf")))
     with pytest.raises(ArithmeticError, match="at every loss scale"):
         precision.backward(through_float16(parameter, float("inf")))
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_the_recipes_choice(tf32: bool) -> None:
+    Precision(Amp(tf32=tf32), torch.device("cpu"), [])
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (tf32, tf32)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from training.errors import BadInput
-from training.objectives.checks import require_queue_within, warnings
+from training.objectives.checks import pass_warnings, require_queue_within, warnings
 from training.objectives.config import Queue, SwavLoss
 from training.objectives.objective import build_objective
 from training.objectives.queue import EmbeddingQueue, local_queue_length
@@ -179,3 +179,21 @@ def test_either_mend_of_that_warning_silences_it(tiny: Tiny) -> None:
     assert "num_clusters to 256 or less" in warning
     assert not warnings(tiny("model.head.num_clusters=[3000]", "loss.queue.queue_length=704"), 64)
     assert not warnings(tiny("model.head.num_clusters=[256]"), 64)
+
+
+def test_a_queue_that_holds_no_whole_batch_is_warned_of(tiny: Tiny) -> None:
+    (message,) = warnings(tiny("loss.queue.queue_length=63"), 64)
+    assert "holds no whole batch of 64" in message
+    assert warnings(tiny("loss.queue.queue_length=64"), 64) == []
+
+
+def test_synchronised_batchnorm_in_one_process_is_warned_of(tiny: Tiny) -> None:
+    training = tiny("model.sync_bn.convert_bn_to_sync_bn=true")
+    assert "nobody to synchronise with" in warnings(training, 64)[0]
+    assert warnings(training, 64, processes=2) == []
+
+
+def test_passes_of_another_length_than_the_data_are_warned_of(tiny: Tiny) -> None:
+    training = tiny("optimizer.max_epochs=0", "optimizer.num_epochs=2", "data.num_images=1000")
+    assert pass_warnings(training, 950) == []
+    assert "there are 500. Set data.num_images." in pass_warnings(training, 500)[0]

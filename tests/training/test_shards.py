@@ -435,3 +435,30 @@ def test_batches_of_shards_resume_where_they_were(images: Path) -> None:
         assert torch.equal(other.labels, one.labels)
     straight.close()
     resumed.close()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from training.data.manifest import Packing
+from training.data.shard_making import make_shards
+
+def make(dies_at):
+    def progress(done, total):
+        if done == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return make_shards(Path(sys.argv[1]), Path(sys.argv[2]), Packing(images_per_shard=6), progress=progress)
+
+for dies_at in (2, 14, 20):  # in its first shard, in a later one, and again having gone on
+    pid = os.fork()
+    if pid == 0:
+        make(dies_at)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+print(make(-1).images)
+"""
+
+
+def test_a_making_that_was_killed_goes_on_all_the_same(images: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(images), str(images.parent / "shards")],
+                          capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == f"{pack(images, 'straight')[1].images}\n", done.stderr

@@ -169,3 +169,24 @@ def test_classifier_of_another_number_of_classes_is_bad_input(folder: Path) -> N
         path.rename(folder / "ant" / path.name)
     with pytest.raises(BadInput, match="images of 1 classes; expected 3"):
         open_source(Data(num_classes=3), folder, "train")
+
+
+def test_an_animation_under_a_picture_s_name_is_corrupt(folder: Path) -> None:
+    frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
+    path = sorted(folder.glob("*.png"))[0]
+    frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:])
+    source = open_folder(folder, "train")
+    shown(source, *range(len(source)))
+    assert len(source.skipped) <= 1
+    with pytest.raises(ValueError, match="animation"):
+        decode(path.read_bytes())
+
+
+def test_an_outage_of_the_disk_is_told_from_corrupt_files() -> None:
+    def gone(index: int) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    source = EncodedSource(1000, gone, str, None, None, where="data folder '/mnt'")
+    with pytest.raises(OSError, match=r"101 images of data folder '/mnt' in a row: .*Input/output error"):
+        source.images([0], 8, 8)
+    assert len(source.skipped) <= 101

@@ -325,3 +325,11 @@ def test_prototypes_keep_their_length_where_normalisation_is_off(tiny: Tiny) -> 
     first, *_, last = updates(tiny("loss.normalize_last_layer=false"), epochs=3)
     assert (first.norm(dim=1) - 1).abs().min() > 0.01
     assert (last.norm(dim=1) - 1).abs().min() > 0.01
+
+
+@pytest.mark.parametrize(("sizes", "passes"), [([16, 16], [24]), ([16, 8], [12, 12])])
+def test_consecutive_crops_of_one_size_share_a_pass(tiny: Tiny, sizes: list[int], passes: list[int]) -> None:
+    objective, seen = build_objective(tiny(f"data.transforms.size_crops={sizes}")), list[int]()
+    objective.backbone.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    objective([torch.randn(12, 3, size, size) for size in sizes], None, epoch=0)
+    assert seen == passes

@@ -6,7 +6,7 @@ Source: Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009;
 import pickle
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy
 from numpy.typing import NDArray
@@ -136,6 +136,10 @@ class _Recorded:
 
 class _Reader(pickle._Unpickler):
     """The unpickler written in Python: a hostile memo index costs it a dict's entry, the one in C gigabytes."""
+
+    # protocol 5's, which sets aside whatever length a file claims; the published files are of protocol 2
+    dispatch: ClassVar = {code: read for code, read in pickle._Unpickler.dispatch.items()
+                          if code != pickle.BYTEARRAY8[0]}
 
     def find_class(self, module: str, name: str) -> _Recorded:
         if (module, name) not in NUMPY_NAMES:

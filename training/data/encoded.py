@@ -13,6 +13,8 @@ def decode(encoded: bytes) -> Tensor:
     """RGB, uint8 [3, H, W], turned as EXIF says; of 16 bits the upper 8. Raises RuntimeError or ValueError."""
     buffer = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
     image: Tensor = decode_image(buffer, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+    if image.ndim != 3:
+        raise ValueError("an animation")
     return (image.to(torch.int32) >> 8).to(torch.uint8) if image.dtype == torch.uint16 else image
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from training.atomic import move_into_place
 from training.data.folder import Listing, Split, find_images
 from training.data.manifest import Manifest, Packing, Shard, digest, read_manifest, write_manifest
 from training.data.shard_files import find_shards
@@ -133,8 +134,10 @@ def _size(path: Path) -> int:
 
 def _make(job: _Job, finished: dict[str, Shard], encode: Encode, tick: Callable[[int], None]) -> tuple[Shard, ...]:
     job.folder.mkdir(parents=True, exist_ok=True)
-    with (job.folder / JOURNAL).open("w") as journal:
-        journal.write("\n".join([job.made, *(shard.model_dump_json() for shard in finished.values())]) + "\n")
+    staged = job.folder / f"{JOURNAL}.part"  # whatever ends this process, the journal there is stays whole
+    staged.write_text("\n".join([job.made, *(shard.model_dump_json() for shard in finished.values())]) + "\n")
+    move_into_place(staged, job.folder / JOURNAL)
+    with (job.folder / JOURNAL).open("a") as journal:
         for name, images in zip(job.shard_names(), job.plan, strict=True):
             if name in finished:
                 tick(len(images))

@@ -52,7 +52,10 @@ class ShardReader:
     def name(self, index: int) -> str:
         """Where the image lies, for people."""
         path = self._paths[self._index.tars[index]]
-        return f"{path}: {member_name(path, int(self._index.offsets[index]))}"
+        try:
+            return f"{path}: {member_name(path, int(self._index.offsets[index]))}"
+        except OSError:  # the tar is gone
+            return f"{path}: image {index}"
 
     def _kept(self, tar: int) -> int | None:
         with self._lock:

@@ -18,10 +18,17 @@ from training.errors import BadInput
 
 logger = logging.getLogger(__name__)
 
-DECODING_THREADS = min(8, os.cpu_count() or 1)
+DECODING_THREADS = min(8, os.cpu_count() or 1)  # each holds a batch: 30 MB of 64 images in 8 crops
+
+MOST_LOST = 100  # images in a row that may be gone; more are an outage
 
 Skipped = dict[int, str]  # index of an image that could not be read -> its name; its length is the count
 Made = TypeVar("Made")
+
+
+def readers(wanted: int | None) -> int:
+    """Threads that decode and crop: as many as `wanted`, or else as suits this machine."""
+    return wanted or DECODING_THREADS
 
 
 class Source(Protocol):
@@ -107,15 +114,22 @@ class EncodedSource:
     def readable(self, wanted: int, use: Callable[[bytes], Made]) -> Made:
         """What `use` makes of image `wanted`, or of the next one of which it can make anything.
 
-        `use` raises OSError, RuntimeError or ValueError for an image that is corrupt. Raises BadInput if all are.
+        `use` raises OSError, RuntimeError or ValueError for an image that is corrupt. Raises BadInput if all are, and
+        OSError where so many in a row can't be read that it must be the disk: to be tried again, by whoever started us.
         """
+        lost = 0
         for offset in range(self._count):
             index = (wanted + offset) % self._count
             if index in self.skipped:
                 continue
             try:
                 return use(self.read(index))
-            except (OSError, RuntimeError, ValueError) as error:
+            except OSError as error:
+                lost += 1
+                if lost > MOST_LOST:
+                    raise OSError(error.errno, f"{lost} images of {self._where} in a row: {error}") from None
+                self._skip(index, error)
+            except (RuntimeError, ValueError) as error:
                 self._skip(index, error)
         raise BadInput(f"none of the {self._count} images in {self._where} can be read, {self.name(0)} for one",
                        expected="JPEG or PNG images", mend="Check the data folder.")

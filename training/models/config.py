@@ -10,7 +10,7 @@ from training.models.trunk_config import Trunk
 
 
 class SyncBn(Config):
-    """BatchNorm over the batches of several processes; VISSL's SYNC_BN_CONFIG."""
+    """BatchNorm over the batches of a peer's processes; VISSL's SYNC_BN_CONFIG. With one process it is BatchNorm."""
 
     convert_bn_to_sync_bn: bool = Field(False, description="compute the statistics of BatchNorm over several GPUs")
     sync_bn_type: Literal["pytorch", "apex"] = Field(
@@ -35,6 +35,10 @@ class Amp(Config):
         "range is computed there")
     dtype: Literal["bf16", "fp16"] = Field(
         "bf16", description="bf16 has the range of float32; fp16, for GPUs without bf16, needs its loss scaled")
+
+    tf32: bool = Field(
+        False, description="let GPUs round the factors of what stays in float32, convolutions and matrix products, to "
+        "TF32's 10 bits of mantissa: faster")
 
     @field_validator("opt_level")
     @classmethod

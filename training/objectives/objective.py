@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from importlib import import_module
+from itertools import groupby
 from logging import getLogger
 from pathlib import Path
 
@@ -83,8 +84,11 @@ def trunk_features(backbone: nn.Module, views: list[Tensor], num_crops: int, *, 
     Crops of one size share a pass of `backbone`, and so BatchNorm's statistics; with `single_pass`, VISSL's
     single_pass_every_crop, each crop has a pass of its own.
     """
-    passes = list(views)
-    if single_pass:
-        batch = sum(len(crops) for crops in views) // num_crops
-        passes = [crop for crops in views for crop in torch.split(crops, batch)]
-    return torch.cat([backbone(crops) for crops in passes]) if len(passes) > 1 else backbone(passes[0])
+    batch = sum(len(crops) for crops in views) // num_crops
+    passes = [crop for crops in views for crop in torch.split(crops, batch)] if single_pass else [
+        _joined(list(neighbours)) for _, neighbours in groupby(views, key=lambda crops: crops.shape[2:])]
+    return _joined([backbone(crops) for crops in passes])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -1,6 +1,7 @@
 """SwAV: each crop predicts the cluster assignments of the others (Caron et al., arXiv 2006.09882)."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -57,12 +58,12 @@ class Swav(Objective):
         with full_precision(embedding.device):
             for number, (prototypes, flat) in enumerate(zip(self.head.prototypes, heads, strict=True)):
                 scores = flat.float().unflatten(0, (self.num_crops, -1))
-                codes = assignments(scores[assigned], self.config, epoch, queued=self._queued(prototypes, epoch),
+                codes = assignments(_rows(scores, assigned), self.config, epoch, queued=self._queued(prototypes, epoch),
                                     group=self._group)
                 losses.append(swapped_prediction_loss(scores, codes, self.config))
                 self._last |= {f"head{number}.scores": scores.detach(), f"head{number}.assignments": codes}
             if epoch >= self.config.queue.start_iter:
-                self.queue.push(embedding.detach().unflatten(0, (self.num_crops, -1))[assigned])
+                self.queue.push(_rows(embedding.detach().unflatten(0, (self.num_crops, -1)), assigned))
             entropies = [prototype_entropy(scores.detach()) for scores in heads]
         return torch.stack(losses).mean(), {"prototype_entropy": torch.stack(entropies).mean()}
 
@@ -111,6 +112,11 @@ def _dims(dims: tuple[int, ...], backbone: nn.Module) -> tuple[int, ...]:
     return (width, *dims[1:])
 
 
+def _rows(tensor: Tensor, numbers: Sequence[int]) -> Tensor:
+    """tensor[numbers], without the index that would be sent to a GPU, which stalls it."""
+    return torch.stack([tensor[number] for number in numbers])
+
+
 def swapped_prediction_loss(scores: Tensor, codes: Tensor, config: SwavLoss) -> Tensor:
     """Cross-entropy, in nats, of crops' predictions under the assignments of other crops (equations 1, 2).
 
@@ -122,7 +128,7 @@ def swapped_prediction_loss(scores: Tensor, codes: Tensor, config: SwavLoss) -> 
     assigned = list(config.crops_for_assign)
     log_predictions = functional.log_softmax(scores.to(codes.dtype) / config.temperature, dim=-1)
     # All pairs of crops at once, less each assigned crop with itself.
-    likelihood = (codes.sum(0) * log_predictions.sum(0)).sum() - (codes * log_predictions[assigned]).sum()
+    likelihood = (codes.sum(0) * log_predictions.sum(0)).sum() - (codes * _rows(log_predictions, assigned)).sum()
     return -likelihood / (len(assigned) * (num_crops - 1) * batch)
 
 
