@@ -25,7 +25,7 @@ PAIRS = 3  # turns of each comparison
 WINDOW_SECONDS = 12.0  # that each measurement lasts, from the end of an epoch to the end of an epoch
 WARM_UP_EPOCHS = 1
 DEADLINE_SECONDS = 180.0
-TARGET = 8192  # samples per epoch and peer: about ten seconds
+TARGET = 16384  # samples per epoch and peer: about twelve seconds
 
 
 @dataclass
