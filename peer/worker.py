@@ -41,7 +41,7 @@ from training.data.views import Views
 from training.errors import BadInput
 from training.evaluation import evaluate
 from training.evaluation.features import check_classes
-from training.loop import StepReport, train
+from training.loop import NonFiniteLoss, StepReport, train
 from training.objectives.objective import Objective, build_objective
 from training.optimizers.build import build_optimizer, govern, initialise_state
 from training.optimizers.config import Optimizer
@@ -71,7 +71,7 @@ def main() -> None:
         events.send(WorkerEvent(refused=WorkerEvent.Refused(message=str(error))))
         sys.exit(2)
     except ArithmeticError as error:  # the loss is no number: the next worker goes on from the last checkpoint
-        log.error("%s", error)
+        log.error("%s", error, exc_info=not isinstance(error, NonFiniteLoss))
         sys.exit(1)
 
 

@@ -81,4 +81,4 @@ def _text(columns: Iterable[str], rows: Iterable[Row]) -> str:
 
 
 def _bad(found: str) -> BadInput:
-    return BadInput(found, expected=f"a {NAME} that covey wrote", mend="Move it away, or use another folder.")
+    return BadInput(found, expected=f"a {NAME} that covey wrote", mend="Give a run's folder, or move it away.")
