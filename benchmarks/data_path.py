@@ -60,7 +60,7 @@ def loader_share(source: Source) -> list[float]:
         for _ in range(2):
             next(stream)
         shares.append(1 - making / (perf_counter() - started))
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
     return shares
 
 

@@ -24,7 +24,7 @@ from training.objectives.objective import build_objective
 from training.optimizers.build import build_optimizer, govern
 from training.precision import Precision
 from training.recipe import SwavTraining
-from training.tuning import fastest_memory_format, keep_memory
+from training.tuning import keep_memory, lay_out
 
 HIDDEN, EMBEDDING, PROTOTYPES = 2048, 128, 3000
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-6}
@@ -75,8 +75,7 @@ def covey(case: Case, device: torch.device, clock: Clock) -> Callable[[list[Tens
             "crop_scales": [[0.14, 1.0], [0.05, 0.14]]}}})
     objective = build_objective(training, batch_size=case.batch).to(device).train()
     precision = Precision(training.model.amp, device, objective.parameters())
-    fastest = fastest_memory_format(objective, case.size_crops, device, precision)
-    objective.to(memory_format=fastest)  # type: ignore[call-overload]
+    lay_out(objective, "auto", case.size_crops, device, precision)
     stepper = LocalStepper(build_optimizer(training.optimizer, objective), target_batch_size=1)
     govern(stepper.optimizer, objective, lambda epoch: SGD["lr"], lambda: stepper.epoch)
     trunk_started = 0.0

@@ -126,7 +126,7 @@ class Course:
         views = Views(transforms, run.key)
         stream = batches(self._images, transforms, run.config.batch_size, key=run.key, start=run.batch,
                          threads=readers(run.config.readers))
-        with closing(stream):  # type: ignore[type-var]  # a generator, whose threads end with it
+        with closing(stream):  # whose threads end with it
             try:
                 train(run.objective, stream, partial(views, device=run.device), run.stepper, run.precision,
                       report=self._report, should_stop=self._should_stop, samples_before=run.samples)

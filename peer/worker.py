@@ -134,7 +134,7 @@ def take_part(job: Job, events: EventWriter) -> None:
                 return leave.is_set() or report.epoch >= (config.stop_at_epoch or math.inf)
 
             images = batches(source, transforms, config.batch_size, key=draws, threads=readers(config.readers))
-            with hurrying(leave, stepper), closing(images):  # type: ignore[type-var]  # a generator: its threads end with it
+            with hurrying(leave, stepper), closing(images):  # whose threads end with it
                 train(objective, images, partial(Views(transforms, draws), device=device), stepper, precision,
                       report=telemetry.step, should_stop=should_stop)
                 if not leave.is_set():

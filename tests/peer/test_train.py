@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -290,3 +291,14 @@ def test_the_command_trains_serves_metrics_and_leaves_on_an_interrupt(tmp_path: 
     assert finished["event"] == "finished"
     assert Path(finished["checkpoint"]).exists()
     assert 3 <= finished["epoch"] < finished["epochs"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_trunk_trains_as_the_plain_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    for name in ("plain", "compiled"):
+        train(tmp_path / name, tiny("classification"), compile=name == "compiled", stop_at_epoch=2)
+    assert any((tmp_path / "cache").rglob("*.so")), "nothing was compiled"
+    plain, compiled = state(tmp_path / "plain"), state(tmp_path / "compiled")
+    for name, tensor in plain.items():
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-3, atol=1e-4)

@@ -87,7 +87,7 @@ def test_reading_ahead_ends_with_the_iterator() -> None:
     stream = batches(NUMBERED, WHOLE, 5, key="me/0", threads=3)
     next(stream)
     assert len(set(threading.enumerate()) - before) == 3
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert not set(threading.enumerate()) - before
 
 
@@ -111,7 +111,7 @@ def test_each_thread_is_one_batch_ahead_and_no_further() -> None:
     stream = batches(source, WHOLE, 5, key="me/0", threads=3)
     for _ in range(4):
         next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     asked = sum(source.asked.acquire(blocking=False) for _ in range(100))
     assert 4 <= asked <= 4 + 3
 
@@ -123,7 +123,7 @@ def test_readers_do_not_multiply_by_torchs_threads_and_training_keeps_its_own() 
         source = Watched()
         stream = batches(source, WHOLE, 5, key="me/0", threads=2)
         next(stream)
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
         assert source.threads == {1}
         assert torch.get_num_threads() == 2
     finally:

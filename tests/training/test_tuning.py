@@ -13,7 +13,7 @@ from training.models.config import Amp
 from training.objectives.objective import Objective, build_objective
 from training.precision import Precision
 from training.recipe import SwavTraining
-from training.tuning import fastest_memory_format
+from training.tuning import fastest_memory_format, lay_out
 
 CPU = torch.device("cpu")
 Tiny = Callable[..., SwavTraining]
@@ -96,7 +96,7 @@ def test_channels_last_computes_the_same(tiny: Tiny) -> None:
     generator = torch.Generator().manual_seed(0)
     views = [torch.randn(8, 3, side, side, generator=generator) for side in (16, 8)]
     plain, last = (build_objective(tiny()) for _ in range(2))
-    last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    lay_out(last, "channels_last", (16, 8), CPU, Precision(Amp(), CPU, last.parameters()))
     losses = [objective(views, None, epoch=0)[0] for objective in (plain, last)]
     torch.testing.assert_close(losses[1], losses[0])
     for loss in losses:

@@ -1,7 +1,7 @@
 """Batches without end: every pass over the images in an order of its own, cropped ahead of the training."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count, islice
@@ -30,7 +30,7 @@ class Batch:
 
 
 def batches(source: Source, transforms: Transforms, batch_size: int, *, key: str, start: int = 0,
-            threads: int = DECODING_THREADS) -> Iterator[Batch]:
+            threads: int = DECODING_THREADS) -> Generator[Batch, None, None]:
     """Endless batches from number `start` on; an incomplete one at a pass's end is dropped.
 
     The order of a pass depends on `key` and the number of the pass, crops on `key` and the number of the batch: so
@@ -59,7 +59,7 @@ def _orders(size: int, batch_size: int, key: str, start: int) -> Iterator[tuple[
 
 
 def _read_ahead(make: Callable[[int, list[int]], Batch], orders: Iterator[tuple[int, list[int]]],
-                threads: int) -> Iterator[Batch]:
+                threads: int) -> Generator[Batch, None, None]:
     started = Barrier(threads + 1, timeout=START_SECONDS)
     readers = ThreadPoolExecutor(threads, "read-ahead", initializer=_work_alone, initargs=(started,))
     try:

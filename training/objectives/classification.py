@@ -23,11 +23,9 @@ class Classification(Objective):
 
     def __init__(self, training: ClassificationTraining) -> None:
         super().__init__()
-        classes, self.backbone = training.data.num_classes, build_trunk(training.model.trunk)
-        width = self.backbone.feature_width
-        assert isinstance(width, int)
+        classes, trunk = training.data.num_classes, build_trunk(training.model.trunk)
         assert classes is not None
-        self.classifier = nn.Linear(width, classes)
+        self.backbone, self.classifier = trunk, nn.Linear(trunk.feature_width, classes)
         self._label_smoothing = training.loss.label_smoothing
 
     def forward(self, views: list[Tensor], labels: Tensor | None, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -40,8 +40,8 @@ class Swav(Objective):
                  output_dir: Path | None = None) -> None:
         super().__init__()
         model, config = training.model, training.loss
-        self.backbone = build_trunk(model.trunk)
-        self.head = SwavHead(_dims(model.head.dims, self.backbone), use_bn=model.head.use_bn,
+        self.backbone = trunk = build_trunk(model.trunk)
+        self.head = SwavHead(_dims(model.head.dims, trunk.feature_width), use_bn=model.head.use_bn,
                              num_clusters=model.head.num_clusters)
         self.queue = EmbeddingQueue(len(config.crops_for_assign), queue_length, model.head.dims[-1])
         self.config, self._group, self._output_dir = config, group, output_dir
@@ -102,10 +102,8 @@ class Swav(Objective):
         return path
 
 
-def _dims(dims: tuple[int, ...], backbone: nn.Module) -> tuple[int, ...]:
+def _dims(dims: tuple[int, ...], width: int) -> tuple[int, ...]:
     """`dims` with the trunk's feature width filled in."""
-    width = backbone.feature_width
-    assert isinstance(width, int)
     if dims[0] not in (0, width):
         raise BadInput(f"model.head.dims begins with {dims[0]}", expected=f"{width}, the trunk's feature width",
                        mend="Set it so, or to 0 for whatever the width is.")
