@@ -14,8 +14,10 @@ import psutil
 from hivemind.dht.validation import RecordValidatorBase
 from hivemind.p2p import P2P
 from hivemind.proto import crypto_pb2
+from hivemind.utils.auth import AuthorizerBase
 from hivemind.utils.crypto import RSAPrivateKey
 
+from averaging.pending_calls import mend_pending_calls
 from averaging.process import die_with_parent
 from averaging.runtime import libp2p_sockets, make_runtime_dir, remove_libp2p_sockets
 
@@ -31,6 +33,7 @@ class DHT(hivemind.DHT):  # type: ignore[misc]  # hivemind is untyped
         # P2P.create offers no hook for its subprocess, and this process does nothing but serve hivemind
         asyncio.subprocess.create_subprocess_exec = partial(
             asyncio.subprocess.create_subprocess_exec, preexec_fn=die_with_parent)
+        mend_pending_calls()
         super().run()
 
     @property
@@ -54,10 +57,12 @@ class DHT(hivemind.DHT):  # type: ignore[misc]  # hivemind is untyped
 
 def start_dht(*, identity_path: Path, host_maddrs: Sequence[str], initial_peers: Sequence[str] = (),
               announce_maddrs: Sequence[str] = (), record_validators: Sequence[RecordValidatorBase] = (),
-              client_mode: bool = False, startup_timeout: float = 30.0) -> DHT:
+              authorizer: AuthorizerBase | None = None, client_mode: bool = False,
+              startup_timeout: float = 30.0) -> DHT:
     """Start a DHT node and wait until it serves; call from the main thread, before CUDA, gRPC or threads.
 
-    `identity_path` holds the libp2p key that fixes the peer id (`open_identity` makes it). `client_mode`: accept no
+    `identity_path` holds the libp2p key that fixes the peer id (`open_identity` makes it). `authorizer` signs and
+    checks every request and answer (averaging/authorisation.py); None: the DHT is open. `client_mode`: accept no
     incoming connections. Raises hivemind's P2PDaemonError when the daemon can't start or no initial peer
     answers, TimeoutError after `startup_timeout` seconds; the child is gone then.
     """
@@ -68,8 +73,8 @@ def start_dht(*, identity_path: Path, host_maddrs: Sequence[str], initial_peers:
     P2P._UNIX_SOCKET_PREFIX = f"/unix{sockets}/"  # stock: /tmp, where any user may open them, and where they stay
     dht = DHT(initial_peers=list(initial_peers) or None, host_maddrs=list(host_maddrs),
               announce_maddrs=list(announce_maddrs) or None, identity_path=str(identity_path),
-              record_validators=list(record_validators), client_mode=client_mode, check_if_identity_free=False,
-              startup_timeout=startup_timeout, shutdown_timeout=1.0, start=False)
+              record_validators=list(record_validators), authorizer=authorizer, client_mode=client_mode,
+              check_if_identity_free=False, startup_timeout=startup_timeout, shutdown_timeout=1.0, start=False)
     try:
         dht.run_in_background(await_ready=True, timeout=startup_timeout)
     except BaseException:

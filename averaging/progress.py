@@ -1,24 +1,18 @@
 """Progress records in the DHT: signed by their owner, checked against a schema, read by everyone."""
 
 from dataclasses import asdict
-from hashlib import sha256
 from typing import Any
 
 import pydantic.v1 as pydantic  # hivemind's SchemaValidator takes no other
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from hivemind.dht import DHT
 from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.dht.schema import BytesWithPublicKey, SchemaValidator
 from hivemind.dht.validation import RecordValidatorBase
-from hivemind.optim.progress_tracker import TrainingProgressSchema
-from hivemind.p2p import PeerID
-from hivemind.proto import crypto_pb2
 from hivemind.utils import ValueWithExpiration, get_dht_time
 from hivemind.utils.crypto import RSAPrivateKey
 
+from averaging.authorisation import peer_id_of
 from averaging.records import PEER_STATES, PeerRecord, Rounds
-
-SHA2_256 = b"\x12\x20"  # multihash: this function, 32 bytes
 
 count = pydantic.conint(strict=True, ge=0, lt=2**63)
 amount = pydantic.confloat(strict=True, ge=0, lt=1e18)
@@ -51,8 +45,10 @@ class RecordSchema(pydantic.BaseModel):
     device: text  # type: ignore[valid-type]
     client_mode: pydantic.StrictBool
     time: amount  # type: ignore[valid-type]
-    gradient_rounds: RoundsSchema
-    state_rounds: RoundsSchema
+    auxiliary: pydantic.StrictBool
+    step_seconds: amount  # type: ignore[valid-type]
+    sketch: pydantic.conbytes(strict=True, max_length=256)  # type: ignore[valid-type]
+    rounds: RoundsSchema
     addresses: pydantic.conlist(address, max_items=8)  # type: ignore[valid-type]
 
 
@@ -64,8 +60,7 @@ class PeersSchema(pydantic.BaseModel):
 
 def record_validators(run_id: str, key: RSAPrivateKey) -> list[RecordValidatorBase]:
     """What every node of the experiment's DHT checks before it stores: schemas and signatures, under `key`."""
-    return [SchemaValidator(PeersSchema, prefix=run_id), SchemaValidator(TrainingProgressSchema, prefix=run_id),
-            RSASignatureValidator(key)]
+    return [SchemaValidator(PeersSchema, prefix=run_id), RSASignatureValidator(key)]
 
 
 def publish_record(dht: DHT, run_id: str, key: RSAPrivateKey, record: PeerRecord, *, lifetime_seconds: float) -> None:
@@ -91,13 +86,9 @@ def _parse(owner: object, value: ValueWithExpiration[Any]) -> PeerRecord | None:
             return None  # somebody speaks in another's name
     except ValueError:
         return None
-    fields |= {kind: Rounds(**fields[kind]) for kind in ("gradient_rounds", "state_rounds")}
-    return PeerRecord(**fields | {"addresses": tuple(fields["addresses"])})
+    return PeerRecord(**fields | {"rounds": Rounds(**fields["rounds"]), "addresses": tuple(fields["addresses"])})
 
 
 def _signer(owner: bytes) -> str:
-    """The libp2p peer id that belongs to the public key in a signed record's subkey."""
-    ssh_key = owner.removeprefix(b"[owner:").removesuffix(b"]")
-    der = load_ssh_public_key(ssh_key).public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    public = crypto_pb2.PublicKey(key_type=crypto_pb2.RSA, data=der).SerializeToString()
-    return str(PeerID(SHA2_256 + sha256(public).digest()))
+    """The libp2p peer id that belongs to the public key in a signed record's subkey. Raises ValueError."""
+    return peer_id_of(owner.removeprefix(b"[owner:").removesuffix(b"]"))

@@ -1,8 +1,11 @@
 """What a peer says of itself to the swarm: plain data, so that it can be reasoned about without a network."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+PEER_MODES = ("direct", "client", "auxiliary")
 PEER_STATES = ("starting", "training", "leaving")
+AVERAGED = {"collaborative": "gradients", "local_sgd": "parameters", "diloco": "steps", "gossip": "parameters"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,38 @@ class PeerRecord:
     device: str
     client_mode: bool  # accepts no incoming connections
     time: float  # when it was written
-    gradient_rounds: Rounds = field(default_factory=Rounds)
-    state_rounds: Rounds = field(default_factory=Rounds)
+    auxiliary: bool = False  # trains nothing, helps others to average
+    step_seconds: float = 0.0  # that a micro-batch takes here, on average
+    sketch: bytes = b""  # of its parameters (averaging/sketch.py); empty: unknown
+    rounds: Rounds = field(default_factory=Rounds)
     addresses: tuple[str, ...] = ()  # multiaddresses at which newcomers can reach it
+
+    @property
+    def mode(self) -> str:
+        """How it takes part: "auxiliary", "client" or "direct"."""
+        return "auxiliary" if self.auxiliary else "client" if self.client_mode else "direct"
+
+
+@dataclass(frozen=True)
+class RoundEnd:
+    """How one round of averaging ended for this peer."""
+
+    kind: str  # what was averaged: "gradients", "parameters", "steps", ...
+    outcome: str  # "averaged", "failed" or "alone"
+    epoch: int  # the collaborative epoch that it ended
+    group_size: int = 1  # this peer included
+    seconds: float = 0.0  # from the wish to average until the result
+    matchmaking_seconds: float = 0.0  # of these, until the group began to average
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    refused: Mapping[str, int] = field(default_factory=dict)  # contributions refused, this peer's own included
+    reason: str = ""  # why it failed
+
+
+@dataclass(frozen=True)
+class StateLoad:
+    """How one download of the swarm's state ended."""
+
+    epoch: int  # where this peer is now
+    seconds: float
+    succeeded: bool

@@ -4,6 +4,7 @@ Every comparison is run in turns, rival and covey, rival and covey, so that a ma
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -122,6 +123,9 @@ def main() -> None:
         compare(lanes, console)
     data_path.compare(console)
     step.main()
+    # forks peers, so it must not have threads of torch's
+    subprocess.run([sys.executable, "-m", "benchmarks.averaging"], check=True,
+                   env=dict(os.environ, OMP_NUM_THREADS="1"))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import uvloop
 from rich.console import Console
 
 from averaging.experiment import Experiment, canonical, fingerprint, run_id
+from averaging.records import AVERAGED
 from averaging.version import VERSION
 from coordinator.follow import SwarmFollower
 from coordinator.http import coordinator_app, serve_http
@@ -69,7 +70,7 @@ async def _serve(experiment: Experiment, node: "Node", folder: Path, *, host: st
     async with AsyncExitStack() as stack:
         stack.push_async_callback(server.stop, GRACE_SECONDS)
         about = About(run, str(Link(link_host, grpc_port, run)), VERSION, experiment.averaging.target_batch_size,
-                      experiment.averaging.target_group_size)
+                      experiment.averaging.target_group_size, AVERAGED[experiment.averaging.strategy])
         app = coordinator_app(lambda: follower.state, about, coordinator_registry(lambda: follower.state, about))
         http_port = await stack.enter_async_context(serve_http(app, host, http_port))
         url = f"http://{bracketed(link_host)}:{http_port}"

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from averaging.records import PEER_STATES
+from averaging.records import PEER_MODES, PEER_STATES
 from coordinator.swarm import SwarmState
 from coordinator.view import About, is_fresh
 
@@ -26,7 +26,7 @@ class SwarmCollector(Collector):
         yield _gauge("covey_build_info", "The running version.", 1, version=self.about.version)
         yield _gauge("covey_target_batch_size", "Samples that make a collaborative epoch.",
                      self.about.target_batch_size)
-        yield from _counters(state)
+        yield from _counters(state, self.about.averaged)
         if is_fresh(state, self.clock()):
             yield from _gauges(state)
 
@@ -39,7 +39,7 @@ def coordinator_registry(state: Callable[[], SwarmState], about: About,
     return registry
 
 
-def _counters(state: SwarmState) -> Iterator[Metric]:
+def _counters(state: SwarmState, kind: str) -> Iterator[Metric]:
     yield CounterMetricFamily("covey_samples_total", "Samples that peers reported as processed.",
                               value=state.counters.samples)
     yield CounterMetricFamily("covey_peer_joins_total", "Peers that came, or came back.", value=state.joins)
@@ -50,10 +50,8 @@ def _counters(state: SwarmState) -> Iterator[Metric]:
     yield departures
     rounds = CounterMetricFamily("covey_averaging_rounds_total", "Averaging rounds, counted by every member.",
                                  labels=["kind", "outcome"])
-    tallies = {"gradients": state.counters.gradient_rounds, "state": state.counters.state_rounds}
-    for kind, tally in tallies.items():
-        for outcome, value in asdict(tally).items():
-            rounds.add_metric([kind, outcome], value)
+    for outcome, value in asdict(state.counters.rounds).items():
+        rounds.add_metric([kind, outcome], value)
     yield rounds
 
 
@@ -65,11 +63,13 @@ def _gauges(state: SwarmState) -> Iterator[Metric]:
     yield _gauge("covey_group_size", "Peers in the largest of the last averaging rounds.", state.group_size)
     if state.loss is not None:
         yield _gauge("covey_loss", "Mean training loss of the last finished epoch.", state.loss)
-    present = Counter((peer.record.state, "client" if peer.record.client_mode else "direct")
-                      for peer in state.peers.values())
-    peers = GaugeMetricFamily("covey_peers", "Live peers; clients accept no incoming connections.",
-                              labels=["state", "mode"])
-    for labels in ((name, mode) for name in PEER_STATES for mode in ("direct", "client")):
+    if (distance := state.consensus_distance) is not None:
+        yield _gauge("covey_consensus_distance", "Root mean square distance of the peers' parameters from their mean, "
+                     "in the newest epoch; estimated.", distance)
+    present = Counter((peer.record.state, peer.record.mode) for peer in state.peers.values())
+    peers = GaugeMetricFamily("covey_peers", "Live peers; clients accept no incoming connections, auxiliaries only "
+                              "help to average.", labels=["state", "mode"])
+    for labels in ((name, mode) for name in PEER_STATES for mode in PEER_MODES):
         peers.add_metric(labels, present[labels])
     yield peers
 

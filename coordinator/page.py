@@ -100,18 +100,17 @@ def _peers(peers: list[dict[str, Any]]) -> str:
     rows = [[_text(peer["name"]), _text(peer["state"]), f"{peer['epoch']:,}", f"{peer['samples_accumulated']:,}",
              f"{peer['samples_per_second']:,.1f}", _loss(peer["loss"]), f"{peer['group_size']}",
              f"{peer['last_seen_seconds']:.0f} s ago", _text(peer["device"]), _text(peer["version"]),
-             _text("client" if peer["client_mode"] else "direct")] for peer in peers]
+             _text(peer["mode"])] for peer in peers]
     return _table("Peers", ["<Name", "<State", "Epoch", "Samples", "Samples/s", "Loss", "Group", "Heard", "<Device",
                             "<Version", "<Mode"], rows)
 
 
 def _rounds(swarm: dict[str, Any]) -> str:
-    rows = [[_text(name), *(f"{swarm[key][outcome]:,}" for outcome in ("averaged", "failed", "alone"))]
-            for name, key in {"Gradients": "gradient_rounds", "State": "state_rounds"}.items()]
+    rows = [[f"{swarm['rounds'][outcome]:,}" for outcome in ("averaged", "failed", "alone")]]
     departures = swarm["departures"]
     churn = (f"{swarm['joins']:,} joined, {departures['left']:,} left, {departures['lost']:,} lost, "
              f"{swarm['samples_total']:,} samples since the coordinator started.")
-    table = _table("Averaging rounds, summed over peers", ["<Of", "Averaged", "Failed", "Alone"], rows)
+    table = _table("Averaging rounds, summed over peers", ["Averaged", "Failed", "Alone"], rows)
     return f'{table}<p class="faint">{churn}</p>'
 
 

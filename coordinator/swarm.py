@@ -6,10 +6,13 @@ knows. In particular the epoch is the highest that any live peer claims.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, field
+from math import isfinite, sqrt
+from struct import calcsize, unpack
 
 from averaging.records import PeerRecord, Rounds
 
 LEAVING_SECONDS = 10.0  # a peer that said it leaves is gone after this long: leaving takes no longer
+SKETCH = "<32f8x"  # of averaging/sketch.py; the checksum at its end is passed over
 REMEMBERED = 10_000  # peers that are gone and whose counters are kept, for when they come back
 
 
@@ -26,8 +29,7 @@ class Counters:
     """What all peers reported since the coordinator started; a peer's restart takes nothing away."""
 
     samples: int = 0
-    gradient_rounds: Rounds = field(default_factory=Rounds)
-    state_rounds: Rounds = field(default_factory=Rounds)
+    rounds: Rounds = field(default_factory=Rounds)
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,19 @@ class SwarmState:
     def group_size(self) -> int:
         """Peers in the largest of the live peers' last averaging rounds; 0 before the first."""
         return max((peer.record.group_size for peer in self.peers.values()), default=0)
+
+    @property
+    def consensus_distance(self) -> float | None:
+        """Root mean square distance of parameters from their mean, over the peers of the newest epoch, estimated from
+        their sketches (averaging/sketch.py), which are linear; None if fewer than two of them are known."""
+        sketches = [record.sketch for record in self._staying() if record.epoch == self.epoch and record.sketch]
+        vectors = [unpack(SKETCH, sketch) for sketch in sketches if len(sketch) == calcsize(SKETCH)]
+        vectors = [vector for vector in vectors if all(map(isfinite, vector))]  # who knows what a stranger signs
+        if len(vectors) < 2:
+            return None
+        means = [sum(column) / len(vectors) for column in zip(*vectors, strict=True)]
+        squares = sum((value - mean) ** 2 for vector in vectors for value, mean in zip(vector, means, strict=True))
+        return sqrt(squares / len(vectors))
 
     def _staying(self) -> list[PeerRecord]:
         return [peer.record for peer in self.peers.values() if peer.record.state != "leaving"]
@@ -118,9 +133,9 @@ def _is_news(record: PeerRecord, known: Peer | None, now: float, stale_seconds: 
 def _count(counters: Counters, before: PeerRecord | None, record: PeerRecord) -> Counters:
     new = _tallies(record)
     old = _tallies(before) if before and not _restarted(before, record) else [0] * len(new)
-    so_far = [counters.samples, *astuple(counters.gradient_rounds), *astuple(counters.state_rounds)]
+    so_far = [counters.samples, *astuple(counters.rounds)]
     samples, *rounds = (total + late - early for total, early, late in zip(so_far, old, new, strict=True))
-    return Counters(samples, Rounds(*rounds[:3]), Rounds(*rounds[3:]))
+    return Counters(samples, Rounds(*rounds))
 
 
 def _restarted(before: PeerRecord, record: PeerRecord) -> bool:
@@ -131,4 +146,4 @@ def _restarted(before: PeerRecord, record: PeerRecord) -> bool:
 
 
 def _tallies(record: PeerRecord) -> list[int]:
-    return [record.samples_total, *astuple(record.gradient_rounds), *astuple(record.state_rounds)]
+    return [record.samples_total, *astuple(record.rounds)]

@@ -17,6 +17,7 @@ class About:
     version: str
     target_batch_size: int  # samples per collaborative epoch
     target_group_size: int  # peers per averaging group
+    averaged: str  # what peers average (averaging.records.AVERAGED)
 
 
 def is_fresh(state: SwarmState, now: float) -> bool:
@@ -36,10 +37,10 @@ def view(state: SwarmState, about: About) -> dict[str, Any]:
         "samples_per_second": state.samples_per_second,
         "loss": state.loss,
         "group_size": state.group_size,
+        "consensus_distance": state.consensus_distance,
         "samples_total": state.counters.samples,
         "peers": [_row(peer, state.time) for peer in state.peers.values()],
-        "gradient_rounds": asdict(state.counters.gradient_rounds),
-        "state_rounds": asdict(state.counters.state_rounds),
+        "rounds": asdict(state.counters.rounds),
         "joins": state.joins,
         "departures": {"left": state.left, "lost": state.lost},
     }
@@ -47,5 +48,6 @@ def view(state: SwarmState, about: About) -> dict[str, Any]:
 
 def _row(peer: Peer, now: float) -> dict[str, Any]:
     row = asdict(peer.record)
-    del row["time"], row["addresses"]  # by its own clock; for newcomers, not for lookers
-    return {**row, "last_seen_seconds": now - peer.heard}
+    for field in ("time", "addresses", "sketch", "client_mode", "auxiliary"):  # the first by its own clock
+        del row[field]
+    return {**row, "mode": peer.record.mode, "last_seen_seconds": now - peer.heard}

@@ -147,7 +147,10 @@ def leave(state_dir: StateDir = None) -> None:
 @app.command()
 @options_of(RunConfig, stop_at_epoch="--epochs")
 def train(recipe: RecipeName, overrides: Overrides = None, as_json: Json = False, **given: Any) -> None:
-    """Train on this machine alone, without a swarm. Ctrl-C leaves a checkpoint, from which the same command goes on."""
+    """Train without a swarm, on this machine, or under torchrun or srun in several processes, each with its own GPU.
+
+    Ctrl-C leaves a checkpoint, from which the same command goes on.
+    """
     from averaging.experiment import load_experiment
     from training.config import validate
     experiment = load_experiment(recipe, overrides or [])

@@ -2,8 +2,9 @@
 
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from peer.machine_config import Machine
 
@@ -26,6 +27,16 @@ class PeerConfig(Machine):
     client_mode: bool = Field(
         False, description="accept no incoming connections, for a volunteer behind a strict firewall; others "
         "reach it through connections that it opens itself")
+
+    auxiliary: bool = Field(
+        False, description="train nothing, only help others to average: for a machine without a GPU but with a good "
+        "connection")
+
+    @model_validator(mode="after")
+    def _auxiliaries_are_reachable(self) -> Self:
+        if self.auxiliary and self.client_mode:
+            raise ValueError("--auxiliary without --client-mode: whoever helps others to average must be reachable")
+        return self
 
     @field_validator("listen")
     @classmethod

@@ -62,8 +62,12 @@ def prepare(enrolment: Enrolment, options: Mapping[str, Any]) -> Iterator[Job]:
 
 
 def _check(enrolment: Enrolment, config: PeerConfig) -> None:
-    images = check_data(enrolment.experiment.data, config.data, config.batch_size, config.loader)
-    require_queue_within(enrolment.experiment, images)
+    if not config.auxiliary:
+        images = check_data(enrolment.experiment.data, config.data, config.batch_size, config.loader)
+        require_queue_within(enrolment.experiment, images)
+    elif enrolment.experiment.averaging.strategy == "gossip":
+        raise BadInput("--auxiliary in a swarm of strategy gossip", expected="a strategy that averages in groups: "
+                       "neighbours need no help", mend="Join without it, to train.")
     free_port(HTTP_HOST, config.http_port, "HTTP")
     if not config.client_mode:
         free_port(config.listen, config.port, "libp2p")

@@ -152,7 +152,7 @@ async def _follow(name: str, process: asyncio.subprocess.Process, seen: Seen, ro
                               f"metrics {event['metrics_url']}", soft_wrap=True)
             case "epoch":
                 rows.add(name, event)
-            case "round" if event["kind"] == "gradients" and event["outcome"] == "averaged":
+            case "round" if event["outcome"] == "averaged":
                 seen.group_sizes.append(event["group_size"])
             case "restarting":
                 seen.restarts += 1
@@ -196,8 +196,7 @@ def _summary(console: Console, experiment: Experiment, seen: dict[str, Seen], ep
     for meaning, accuracy in _accuracies(experiment, checkpoint).items():
         table.add_row(f"k-NN accuracy, {meaning}", f"{accuracy:.1%}")
     for name, end in finished.items():
-        table.add_row(f"{name}: gradient rounds", _rounds(end["gradient_rounds"]))
-        table.add_row(f"{name}: state rounds", _rounds(end["state_rounds"]))
+        table.add_row(f"{name}: averaging rounds", _rounds(end["rounds"]))
         table.add_row(f"{name}: parameters", end["parameters_checksum"][:16])
     console.print(table)
     console.print(f"checkpoint {checkpoint}", soft_wrap=True)

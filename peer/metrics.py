@@ -12,7 +12,7 @@ HELP = {"epoch": "Collaborative epoch", "loss": "Mean loss of the last epoch's m
         "prototype_entropy": "How evenly prototypes are used, as a share of the maximum",
         "knn_accuracy": "Of k-NN on the backbone's features", "top1_accuracy": "On the validation images",
         "top5_accuracy": "On the validation images"}
-SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300)
+SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300)
 
 
 class Figures:
@@ -45,6 +45,13 @@ class PeerMetrics:
         self._duration = Histogram(
             "covey_averaging_duration_seconds", "From the wish to average to the result", ["kind"],
             buckets=SECONDS, registry=to)
+        self._matchmaking = Histogram(
+            "covey_matchmaking_duration_seconds", "From the wish to average until the group began to", ["kind"],
+            buckets=SECONDS, registry=to)
+        self._bytes = Counter("covey_network_bytes", "Tensors averaged, as encoded", ["direction"], registry=to)
+        self._rejected = Counter(
+            "covey_rejected_contributions", "Contributions refused here, this peer's own included", ["reason"],
+            registry=to)
         self._group_size = Gauge("covey_group_size", "Peers in the last averaging round", registry=to)
         self._state_load = Histogram(
             "covey_state_load_duration_seconds", "Downloads of the swarm's state that succeeded",
@@ -95,4 +102,9 @@ class PeerMetrics:
     def _round(self, ended: WorkerEvent.Round) -> None:
         self._rounds.labels(ended.kind, ended.outcome).inc()
         self._duration.labels(ended.kind).observe(ended.seconds)
+        self._matchmaking.labels(ended.kind).observe(ended.matchmaking_seconds)
+        self._bytes.labels("sent").inc(ended.bytes_sent)
+        self._bytes.labels("received").inc(ended.bytes_received)
+        for reason, count in ended.refused.items():
+            self._rejected.labels(reason).inc(count)
         self._group_size.set(ended.group_size)

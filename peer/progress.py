@@ -18,6 +18,7 @@ from peer.plain import plain
 from proto.peer_pb2 import PeerStatus, WorkerEvent
 from proto.swarm_pb2 import RoundCounts
 
+NO_DEVICE = "none"  # an auxiliary peer's: it trains nothing
 ACCURACIES = {"knn_accuracy": "k-NN", "top1_accuracy": "top-1", "top5_accuracy": "top-5"}
 
 
@@ -125,8 +126,7 @@ class JsonLines:
             case "skipped":
                 self._put("skipped", event.skipped)
             case "finished":
-                self._put("finished", event.finished, gradient_rounds=plain(status.gradient_rounds),
-                          state_rounds=plain(status.state_rounds))
+                self._put("finished", event.finished, rounds=plain(status.rounds))
 
     def restarting(self, exit_code: int, delay_seconds: float, status: PeerStatus) -> None:
         """See peer.supervisor.Observer."""
@@ -171,12 +171,14 @@ class Lines:
                     f"its log is {status.state_dir}/worker.log")
 
     def _started(self, started: WorkerEvent.Started) -> None:
+        if started.device == NO_DEVICE:
+            self._write("helping others to average")
+            return
         self._write(f"training on {started.device}: {started.parameters:,} parameters, {started.images:,} images, "
                     f"from epoch {started.epoch}")
 
     def _finished(self, finished: WorkerEvent.Finished, status: PeerStatus) -> None:
-        self._write(f"left at epoch {finished.epoch}; averaging rounds: gradients {counts(status.gradient_rounds)}, "
-                    f"state {counts(status.state_rounds)}")
+        self._write(f"left at epoch {finished.epoch}; averaging rounds: {counts(status.rounds)}")
         self._write(f"checkpoint {finished.checkpoint}\nparameters {finished.parameters_checksum}")
 
 

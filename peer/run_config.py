@@ -9,7 +9,10 @@ from peer.machine_config import Machine
 
 
 class RunConfig(Machine):
-    """Options of `covey train`: but for the batch size, which BatchNorm sees, none changes what is trained."""
+    """Options of `covey train`, the same in all its processes.
+
+    But for the batch size (of each process), which BatchNorm sees, none changes what is trained.
+    """
 
     run_dir: Path = Field(
         description="folder of this run's checkpoints and records, made if it is not there; a run that was "

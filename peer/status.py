@@ -22,7 +22,7 @@ def fold(status: PeerStatus, event: WorkerEvent) -> None:
 
 
 def _count(status: PeerStatus, ended: WorkerEvent.Round) -> None:
-    counts = status.gradient_rounds if ended.kind == "gradients" else status.state_rounds
+    counts = status.rounds
     match ended.outcome:
         case "averaged":
             counts.averaged += 1

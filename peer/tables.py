@@ -16,13 +16,13 @@ from proto.swarm_pb2 import PeerRow, RoundCounts, SwarmSnapshot
 def swarm_table(swarm: SwarmSnapshot) -> Table:
     """A coordinator's swarm: one row per live peer, by name."""
     loss = f", loss {swarm.loss:.4f}" if swarm.HasField("loss") else ""
-    numbers = ("epoch", "samples/s", "loss", "group", "gradients", "states", "seen")
+    numbers = ("epoch", "samples/s", "loss", "group", "rounds", "seen")
     table = Table(
-        "name", "state", *(Column(name, justify="right") for name in numbers), "device",
+        "name", "state", "mode", *(Column(name, justify="right") for name in numbers), "device",
         title=_text(f"{swarm.run_id}: epoch {swarm.epoch}, {swarm.epoch_samples:,} of "
                         f"{swarm.target_batch_size:,} samples, {len(swarm.peers)} peers, "
                         f"{swarm.samples_per_second:.1f} samples/s{loss}"),
-        caption="gradients, states: averaging rounds, averaged/failed/alone", box=SIMPLE, padding=(0, 1, 0, 0))
+        caption="rounds: of averaging, averaged/failed/alone", box=SIMPLE, padding=(0, 1, 0, 0))
     for peer in sorted(swarm.peers, key=lambda row: (row.name, row.peer_id)):
         table.add_row(*(_text(cell) for cell in _cells(peer)))
     return table
@@ -30,8 +30,8 @@ def swarm_table(swarm: SwarmSnapshot) -> Table:
 
 def _cells(peer: PeerRow) -> list[str]:
     loss = f"{peer.loss:.4f}" if peer.HasField("loss") else "-"
-    return [peer.name, peer.state, str(peer.epoch), f"{peer.samples_per_second:.1f}", loss, str(peer.group_size),
-            _short(peer.gradient_rounds), _short(peer.state_rounds), f"{peer.last_seen_seconds:.0f} s", peer.device]
+    return [peer.name, peer.state, peer.mode, str(peer.epoch), f"{peer.samples_per_second:.1f}", loss,
+            str(peer.group_size), _short(peer.rounds), f"{peer.last_seen_seconds:.0f} s", peer.device]
 
 
 def _short(rounds: RoundCounts) -> str:
@@ -50,7 +50,7 @@ def _paragraph(peer: PeerStatus) -> list[str]:
     return [f"{peer.name}: {peer.state}, {peer.run_id}, pid {peer.daemon_pid}, {peer.worker_restarts} restarts",
             f"  epoch {step.epoch}, {step.samples_total:,} samples here, {step.samples_per_second:.1f} samples/s, "
             f"loss {step.loss:.4f}, {step.swarm_peers} peers, group of {peer.group_size}",
-            f"  gradients {counts(peer.gradient_rounds)}; state {counts(peer.state_rounds)}",
+            f"  averaging rounds: {counts(peer.rounds)}",
             f"  {peer.state_dir}", f"  {peer.metrics_url}"]
 
 

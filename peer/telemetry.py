@@ -3,71 +3,56 @@
 import logging
 import os
 import time
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-from threading import Event, Lock, Thread
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from threading import Event, Thread
 
-from hivemind.utils import get_dht_time
-from hivemind.utils.crypto import RSAPrivateKey
-
-from averaging.dht import DHT
-from averaging.progress import publish_record, read_records
-from averaging.records import PeerRecord, Rounds
-from averaging.strategies.collaborative import StateLoad
-from averaging.transports.swarm import Round
-from averaging.version import VERSION
+from averaging.bulletin import Bulletin
+from averaging.records import RoundEnd, StateLoad
 from peer.events import EventWriter
-from peer.job import Job
 from peer.known_peers import remember_peers
 from proto.peer_pb2 import WorkerEvent
 from training.data.sources import Source
 from training.loop import StepReport
 from training.objectives.objective import Objective
 
-PUBLISH_SECONDS = 2.0
+LOOK_SECONDS = 2.0
 STEP_SECONDS = 0.1  # between two Step events, but for those that end an epoch
-REMEMBER_EVERY = 10  # publications, between two notes of who else is there
+REMEMBER_EVERY = 10  # looks, between two notes of who else is there
 log = logging.getLogger(__name__)
 
 
 class Telemetry:
     """Turns what happens in the worker into WorkerEvents and into this peer's record in the DHT.
 
-    A thread publishes the record every PUBLISH_SECONDS, and ends the whole worker when a child that it needs is
-    gone: the main thread may be waiting for that child's answer, and the daemon starts a new worker.
+    A thread looks every LOOK_SECONDS, and ends the whole worker when a child that it needs is gone (`vital`): the main
+    thread may be waiting for that child's answer, and the daemon starts a new worker.
     """
 
-    def __init__(self, events: EventWriter, dht: DHT, job: Job, key: RSAPrivateKey, *, device: str,
-                 lifetime_seconds: float) -> None:
-        self._events, self._lock = events, Lock()
-        self._record = PeerRecord(
-            peer_id=str(dht.peer_id), name=job.config.name, state="starting", epoch=0, samples_accumulated=0,
-            samples_total=0, samples_per_second=0.0, loss=None, group_size=0, version=VERSION, device=device,
-            client_mode=job.config.client_mode, time=get_dht_time(),
-            addresses=() if job.config.client_mode else tuple(map(str, dht.get_visible_maddrs()))[:8])
+    def __init__(self, events: EventWriter, bulletin: Bulletin, known_peers: Path,
+                 vital: Sequence[Callable[[], bool]]) -> None:
+        self._events, self._bulletin = events, bulletin
         self._epoch_losses: list[float] = []
         self._sent = 0.0  # when the last Step event went, by the monotonic clock
-        self._others = partial(read_records, dht, job.run_id)
-        self._known_peers = job.config.known_peers
-        self._publish = partial(publish_record, dht, job.run_id, key, lifetime_seconds=lifetime_seconds)
-        self._vital: list[Callable[[], bool]] = [lambda: dht.is_serving]
+        self._known_peers, self._vital = known_peers, vital
         self._closing = Event()
-        self._thread = Thread(target=self._keep_publishing, name="telemetry", daemon=True)
+        self._thread = Thread(target=self._keep_watching, name="telemetry", daemon=True)
         self._thread.start()
-
-    def watch(self, is_alive: Callable[[], bool]) -> None:
-        """End this process as soon as `is_alive` is false."""
-        self._vital.append(is_alive)
 
     def started(self, objective: Objective, source: Source, epoch: int) -> None:
         """The model is built, the data open, the swarm joined."""
         self._source, self._skipped = source, 0
-        self._update(epoch=epoch)
+        record = self._bulletin.record
         self._events.send(WorkerEvent(started=WorkerEvent.Started(
-            peer_id=self._record.peer_id, device=self._record.device, images=len(source), epoch=epoch,
+            peer_id=record.peer_id, device=record.device, images=len(source), epoch=epoch,
             parameters=sum(parameter.numel() for parameter in objective.parameters()))))
+
+    def helping(self) -> None:
+        """This peer is auxiliary, and the swarm joined."""
+        record = self._bulletin.record
+        self._events.send(WorkerEvent(started=WorkerEvent.Started(peer_id=record.peer_id, device=record.device)))
 
     def step(self, report: StepReport) -> None:
         """After every micro-batch."""
@@ -76,12 +61,12 @@ class Telemetry:
             self._send_step(report)
             self._tell_skipped()
         self._epoch_losses.append(report.loss)
-        loss = self._record.loss
-        if report.epoch != self._record.epoch:
+        loss = self._bulletin.record.loss
+        if report.updated:
             loss = sum(self._epoch_losses) / len(self._epoch_losses)
             self._epoch_losses.clear()
-        self._update(state="training", epoch=report.epoch, samples_accumulated=report.samples_accumulated, loss=loss,
-                     samples_total=report.samples_total, samples_per_second=report.samples_per_second)
+        self._bulletin.update(state="training", loss=loss, samples_total=report.samples_total,
+                              samples_per_second=report.samples_per_second)
 
     def _send_step(self, report: StepReport) -> None:
         self._events.send(WorkerEvent(step=WorkerEvent.Step(
@@ -96,22 +81,25 @@ class Telemetry:
         for number, path in enumerate(list(self._source.skipped.values())[told:self._skipped], start=told + 1):
             self._events.send(WorkerEvent(skipped=WorkerEvent.Skipped(path=path, total=number)))
 
-    def round(self, ended: Round) -> None:
-        """After every averaging round; from any thread."""
-        self._events.send(WorkerEvent(round=WorkerEvent.Round(
-            kind=ended.kind, outcome=ended.outcome, group_size=ended.group_size, seconds=ended.seconds,
-            epoch=ended.epoch)))
-        field = "gradient_rounds" if ended.kind == "gradients" else "state_rounds"
-        with self._lock:
-            counts: Rounds = getattr(self._record, field)
-            counts = replace(counts, **{ended.outcome: getattr(counts, ended.outcome) + 1})
-            changed: dict[str, Any] = {field: counts, "group_size": ended.group_size}
-            self._record = replace(self._record, **changed)
+    def round(self, ended: RoundEnd) -> None:
+        """After every round of averaging."""
+        self._events.send(WorkerEvent(round=WorkerEvent.Round(**asdict(ended))))
+        counts = self._bulletin.record.rounds
+        self._bulletin.update(group_size=ended.group_size, rounds=replace(
+            counts, **{ended.outcome: getattr(counts, ended.outcome) + 1}))
 
     def state_load(self, load: StateLoad) -> None:
         """After every try to download the swarm's state."""
         self._events.send(WorkerEvent(state_loaded=WorkerEvent.StateLoaded(
             epoch=load.epoch, seconds=load.seconds, succeeded=load.succeeded)))
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """While inside, the swarm is told that nothing is trained here."""
+        speed = self._bulletin.record.samples_per_second
+        self._bulletin.update(samples_per_second=0.0)
+        yield
+        self._bulletin.update(samples_per_second=speed)
 
     def evaluated(self, epoch: int, figures: dict[str, float]) -> None:
         """After every evaluation."""
@@ -126,33 +114,22 @@ class Telemetry:
         """Tell the swarm at once."""
         self._closing.set()
         self._thread.join()
-        self._update(state="leaving")
-        self._publish(replace(self._record, time=get_dht_time()))
+        self._bulletin.update(state="leaving")
 
-    def _update(self, **fields: Any) -> None:
-        with self._lock:
-            self._record = replace(self._record, **fields)
-
-    def _keep_publishing(self) -> None:
-        published = 0
-        while not self._closing.wait(PUBLISH_SECONDS):
-            with self._lock:
-                record = self._record
-            try:
-                if all(is_alive() for is_alive in self._vital):
-                    self._publish(replace(record, time=get_dht_time()))
-                    published += 1
-                    if published % REMEMBER_EVERY == 3:
-                        self._remember_others()
-                    continue
-            except OSError:  # the pipe to the DHT's process broke just now
-                pass
-            log.error("a process of this worker is gone: ending it, to be started anew")
-            os._exit(1)
+    def _keep_watching(self) -> None:
+        looks = 0
+        while not self._closing.wait(LOOK_SECONDS):
+            if not all(is_alive() for is_alive in self._vital):
+                log.error("a process of this worker is gone: ending it, to be started anew")
+                os._exit(1)
+            looks += 1
+            if looks % REMEMBER_EVERY == 3:
+                self._remember_others()
 
     def _remember_others(self) -> None:
+        own = self._bulletin.record.peer_id
         try:
-            remember_peers(self._known_peers, [address for other in self._others() for address in other.addresses
-                                               if other.peer_id != self._record.peer_id])
-        except (TimeoutError, OSError) as error:  # a slow DHT or a full disk: training goes on
+            remember_peers(self._known_peers, [address for record in self._bulletin.records()
+                                               for address in record.addresses if record.peer_id != own])
+        except OSError as error:  # a full disk: training goes on
             log.warning("other peers' addresses are not noted: %r", error)

@@ -1,4 +1,8 @@
-"""`covey train`: one experiment in one process, without a swarm. Cut short, it goes on exactly from its folder."""
+"""`covey train`: one experiment without a swarm, in one process, or in several that torchrun or Slurm has started.
+
+Cut short, it goes on exactly from its folder. Of several processes, rank 0 tells, records, evaluates and writes
+checkpoints; all leave together at one micro-batch, and if one is lost the others end within seconds.
+"""
 
 import os
 from collections.abc import Sequence
@@ -14,11 +18,13 @@ from averaging.experiment import Experiment, run_id
 from coordinator.state_dir import open_state_dir
 from peer.device import choose_device
 from peer.interrupts import leaving_on_signals
-from peer.loggers.console import Teller, console
+from peer.loggers.console import Silent, Teller, console
 from peer.loggers.logger import Logger, Run, check_loggers, open_loggers
 from peer.lone_run import LoneRun
+from peer.place import find_place
 from peer.preloading import bring_near
 from peer.run_config import RunConfig
+from peer.world import Crew, assemble, local_device
 from training.checkpoint import parameters_checksum
 from training.data.batches import batches
 from training.data.checks import check_data
@@ -36,36 +42,51 @@ from training.tuning import keep_memory
 def train_alone(experiment: Experiment, config: RunConfig, *, as_json: bool) -> None:
     """Train until the schedule's end, `config.stop_at_epoch` or a signal; evaluate; leave a checkpoint.
 
-    Raises BadInput before anything is trained, and NonFiniteLoss, with what is left of the run.
+    Raises BadInput before anything is trained, NonFiniteLoss, with what is left of the run, and LostProcess where
+    another of its processes has ended.
     """
-    require_one_process()
-    check_loggers(config.loggers, config.metrics_port or 0)
+    place = find_place(os.environ)
+    if place is None or place.rank == 0:
+        check_loggers(config.loggers, config.metrics_port or 0)
     require_queue_within(experiment, check_data(experiment.data, config.data, config.batch_size, config.loader))
+    device = choose_device(local_device(config.device, place))
     keep_memory()
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    run = LoneRun(experiment, config, choose_device(config.device))
-    folder = bring_near(experiment.data, config.data, config.preload, config.preload_gib)
-    images = open_source(experiment.data, folder, "train", threads=readers(config.readers), loader=config.loader)
-    validation = open_validation(experiment, config, images, folder)
+    with assemble(place, device) as crew:
+        _train(LoneRun(experiment, config, device, crew), crew, as_json=as_json)
+
+
+def _train(run: LoneRun, crew: Crew, *, as_json: bool) -> None:
+    experiment, config, threads = run.experiment, run.config, max(1, readers(run.config.readers) // len(crew.here))
+    folder = _bring_near(experiment, config, crew)
+    images = open_source(experiment.data, folder, "train", threads=threads, loader=config.loader)
+    validation = open_validation(experiment, config, images, folder) if crew.rank == 0 else None
     with ExitStack() as held:
-        held.enter_context(open_state_dir(config.run_dir, role="run", run_id=run_id(experiment), option="--run-dir"))
+        loggers: Sequence[Logger] = ()
+        teller: Teller = Silent()
+        if crew.rank == 0:
+            held.enter_context(open_state_dir(config.run_dir, role="run", run_id=run_id(experiment),
+                                              option="--run-dir"))
         run.resume()
-        loggers = held.enter_context(open_loggers(config.loggers, Run(
-            directory=config.run_dir, run_id=run_id(experiment), epoch=run.epoch,
-            experiment=experiment.model_dump(mode="json"), metrics_port=config.metrics_port or 0)))
-        teller = held.enter_context(console(as_json, run.epoch, run.last_epoch))
+        if crew.rank == 0:
+            loggers = held.enter_context(open_loggers(config.loggers, Run(
+                directory=config.run_dir, run_id=run_id(experiment), epoch=run.epoch,
+                experiment=experiment.model_dump(mode="json"), metrics_port=config.metrics_port or 0)))
+            teller = held.enter_context(console(as_json, run.epoch, run.last_epoch))
         leave = held.enter_context(leaving_on_signals())
-        for name, logger in zip(config.loggers, loggers, strict=True):
+        for name, logger in zip(config.loggers, loggers, strict=False):
             teller.tell("record", logger=name, where=logger.where)
         _tell_start(run, teller, len(images), judged=validation is not None)
-        Course(run, images=images, validation=validation, loggers=loggers, teller=teller, leave=leave).go()
+        Course(run, images=images, validation=validation, loggers=loggers, teller=teller, leave=leave,
+               threads=threads).go()
 
 
-def require_one_process() -> None:
-    """Raises BadInput under torchrun with several processes."""
-    if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise BadInput(f"WORLD_SIZE = {world} in the environment", expected="1: this version of `covey train` runs in "
-                       "one process", mend="Start it without torchrun, or let several machines `covey join` a swarm.")
+def _bring_near(experiment: Experiment, config: RunConfig, crew: Crew) -> Path | None:
+    """What `bring_near` says; the first process of each machine copies, and the others find it copied."""
+    bring = partial(bring_near, experiment.data, config.data, config.preload, config.preload_gib)
+    brought = list[Path | None]()
+    crew.at_first(lambda: brought.append(bring()), of_machine=True)
+    return brought[0] if brought else bring()
 
 
 def open_validation(experiment: Experiment, config: RunConfig, images: Source, folder: Path | None) -> Source | None:
@@ -86,25 +107,33 @@ def open_validation(experiment: Experiment, config: RunConfig, images: Source, f
 
 
 def _tell_start(run: LoneRun, teller: Teller, images: int, *, judged: bool) -> None:
-    for message in (*warnings(run.experiment, run.config.batch_size), *pass_warnings(run.experiment, images)):
+    found = warnings(run.experiment, run.config.batch_size, processes=run.crew.size, sharing=run.sharing)
+    for message in (*found, *pass_warnings(run.experiment, images)):
         teller.tell("warning", message=message)
     if not run.exact:
-        teller.tell("warning", message="another batch size than before: the run goes on about where it was in its data")
+        teller.tell("warning", message="another batch size or number of processes than before: the run goes on about "
+                    "where it was in its data")
     if not judged:
         teller.tell("warning", message="no evaluation: there are no images with classes to evaluate on")
     if run.resumed_from:
         teller.tell("resumed", checkpoint=str(run.resumed_from), epoch=run.epoch)
+    several = {"processes": run.crew.size} if run.crew.size > 1 else {}
     teller.tell("ready", device=str(run.device), memory_format=run.memory_format, images=images, epoch=run.epoch,
-                epochs=run.last_epoch, parameters=sum(p.numel() for p in run.objective.parameters()))
+                epochs=run.last_epoch, parameters=sum(p.numel() for p in run.objective.parameters()), **several)
 
 
 class Course:
-    """What happens around the steps of a run: figures, evaluations, checkpoints, and the end."""
+    """What happens around the steps of a run: figures, evaluations, checkpoints, and the end.
+
+    Of several processes each has one. What rank 0 alone does, the others wait for, for as long as it takes.
+    """
 
     def __init__(self, run: LoneRun, *, images: Source, validation: Source | None, loggers: Sequence[Logger],
-                 teller: Teller, leave: Event) -> None:
-        self._run, self._images, self._validation = run, images, validation
+                 teller: Teller, leave: Event, threads: int) -> None:
+        self._run, self._images, self._validation, self._threads = run, images, validation, threads
         self._loggers, self._teller, self._leave = loggers, teller, leave
+        self._told_to_leave = False  # one of the processes was
+        self._is_judged = bool(run.crew.from_first(validation is not None))
         self._reports: list[StepReport] = []  # of the epoch at hand
         self._judgement: dict[str, float] = {}  # the last evaluation
         self._judged_epoch = -1
@@ -124,8 +153,8 @@ class Course:
     def _train(self) -> None:
         run, transforms = self._run, self._run.experiment.data.transforms
         views = Views(transforms, run.key)
-        stream = batches(self._images, transforms, run.config.batch_size, key=run.key, start=run.batch,
-                         threads=readers(run.config.readers))
+        stream = batches(self._images, transforms, run.config.batch_size, key=run.key, start=run.batch + run.crew.rank,
+                         every=run.crew.size, threads=self._threads)
         with closing(stream):  # whose threads end with it
             try:
                 train(run.objective, stream, partial(views, device=run.device), run.stepper, run.precision,
@@ -138,16 +167,19 @@ class Course:
                                     + (f", what led to it in {dump}" if dump else "")) from None
 
     def _report(self, report: StepReport) -> None:
+        self._told_to_leave |= self._run.crew.any_before(self._leave.is_set())
         self._reports.append(report)
-        self._teller.moment(report.epoch, report.samples_accumulated, report.samples_per_second, report.loss)
+        self._teller.moment(report.epoch, report.swarm_samples, report.samples_per_second * self._run.crew.size,
+                            report.loss)
         if report.updated:
             self._run.updated(report)
             self._epoch_ended(report.epoch)
 
     def _epoch_ended(self, epoch: int) -> None:
-        config, values = self._run.config, figures(self._reports)
+        config, values = self._run.config, figures(self._reports, self._run)
         self._reports.clear()
         every = config.evaluate_every_epochs
+        self._run.unite()
         if epoch == self._run.last_epoch or (every and epoch % every == 0):
             self._judge()
         if self._judged_epoch == epoch:
@@ -160,15 +192,26 @@ class Course:
         self._run.reseed()  # last: whatever came before may have drawn random numbers
 
     def _should_stop(self, report: StepReport) -> bool:
-        if self._leave.is_set():
+        leaves = self._is_leaving() and (report.updated or self._run.stops_anywhere)
+        if leaves:
             self._teller.tell("leaving", epoch=report.epoch)
-        return self._leave.is_set() or report.epoch >= self._run.last_epoch
+        return leaves or report.epoch >= self._run.last_epoch
+
+    def _is_leaving(self) -> bool:
+        """In all processes, or in none."""
+        return self._leave.is_set() if self._run.crew.size == 1 else self._told_to_leave
 
     def _judge(self) -> None:
-        if self._validation is not None and not self._leave.is_set():
-            run = self._run
-            self._judgement = evaluate(run.objective, self._images, self._validation, run.experiment)
-            self._judged_epoch = run.epoch
+        if self._is_judged and not self._is_leaving():
+            with self._run.united() as metrics:
+                self._run.crew.at_first(self._evaluate)
+            self._judgement |= metrics
+            self._judged_epoch = self._run.epoch
+
+    def _evaluate(self) -> None:
+        run = self._run
+        assert self._validation is not None
+        self._judgement = evaluate(run.objective, self._images, self._validation, run.experiment)
 
     def _checkpoint(self) -> str:
         path = str(self._run.checkpoint())
@@ -176,9 +219,12 @@ class Course:
         return path
 
 
-def figures(reports: Sequence[StepReport]) -> dict[str, float]:
-    """Of the epoch that these micro-batches of one size made up, under the loggers' names."""
+def figures(reports: Sequence[StepReport], run: LoneRun) -> dict[str, float]:
+    """Of the epoch that these micro-batches of one size made up, under the loggers' names.
+
+    Samples are those of all processes; loss, metrics and speed are this one's, the latter as if all had it.
+    """
     last, count = reports[-1], len(reports)
-    return {"samples_total": last.samples_total, "samples_per_second": last.samples_per_second,
+    return {"samples_total": run.samples, "samples_per_second": last.samples_per_second * run.crew.size,
             "learning_rate": last.learning_rate, "loss": sum(report.loss for report in reports) / count,
             **{name: sum(report.metrics[name] for report in reports) / count for name in last.metrics}}

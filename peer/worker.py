@@ -16,15 +16,21 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from hivemind.utils import get_dht_time
 
-from averaging.dht import open_identity, start_dht
+from averaging.bulletin import Bulletin
+from averaging.dht import DHT, open_identity, start_dht
 from averaging.experiment import Experiment, parse
 from averaging.process import die_with_parent
 from averaging.progress import record_validators
-from averaging.strategies.collaborative import Collaborative
+from averaging.records import PeerRecord
+from averaging.strategies.assist import assist
+from averaging.strategies.open import open_strategy
+from averaging.strategies.strategy import Strategy
+from averaging.transports.swarm.swarm import Swarm
+from averaging.version import VERSION
 from peer.config import PeerConfig
 from peer.device import choose_device
 from peer.events import EventWriter
@@ -44,8 +50,6 @@ from training.evaluation.features import check_classes
 from training.loop import NonFiniteLoss, StepReport, train
 from training.objectives.objective import Objective, build_objective
 from training.optimizers.build import build_optimizer, govern, initialise_state
-from training.optimizers.config import Optimizer
-from training.optimizers.groups import parameter_groups
 from training.optimizers.schedule import learning_rate
 from training.precision import Precision
 from training.tuning import keep_memory, lay_out
@@ -76,77 +80,112 @@ def main() -> None:
 
 
 def take_part(job: Job, events: EventWriter) -> None:
-    """Train in the swarm until SIGTERM or the job's last epoch. Before training, SIGTERM ends the process at once."""
+    """Be in the swarm until SIGTERM or the job's last epoch. Before training, SIGTERM ends the process at once."""
     experiment, config = parse(job.experiment), job.config
     key = open_identity(config.identity_path)
     dht = start_dht(identity_path=config.identity_path, host_maddrs=config.host_maddrs, client_mode=config.client_mode,
                     initial_peers=[*job.initial_peers, *recall_peers(config.known_peers)],
                     record_validators=record_validators(job.run_id, key))
     try:
-        keep_memory()
-        torch.set_num_threads(config.threads or torch.get_num_threads())
-        device, transforms = choose_device(config.device), experiment.data.transforms
-        source, validation = open_data(experiment, config)
-        # a restart must not repeat the order of images, nor the views, of the start before
-        draws = f"{dht.peer_id}/{time.time_ns()}"
-        objective, precision = build(experiment, config, device)
-        telemetry = Telemetry(events, dht, job, key, device=str(device),
-                              lifetime_seconds=experiment.averaging.report_progress_expiration)
-        stepper = Collaborative(
-            dht=dht, run_id=job.run_id, key=key, config=experiment.averaging, client_mode=config.client_mode,
-            parameters=parameter_groups(experiment.optimizer, objective),
-            optimizer=partial(initialised_optimizer, experiment.optimizer),
-            shared_buffers=objective.shared_buffers(), on_round=telemetry.round, on_state_load=telemetry.state_load)
+        bulletin = Bulletin(dht, job.run_id, key, first_record(dht, config), experiment.averaging)
+        swarm = Swarm(dht=dht, run_id=job.run_id, key=key, config=experiment.averaging, bulletin=bulletin,
+                      client_mode=config.client_mode, auxiliary=config.auxiliary)
         try:
-            telemetry.watch(lambda: stepper.is_alive)
-            # hivemind counts the epoch up just before the step that ends it
-            govern(stepper.optimizer, objective, partial(
-                learning_rate, experiment.optimizer, batch_size=experiment.averaging.target_batch_size,
-                images_per_pass=experiment.data.images_per_pass), epoch=lambda: stepper.epoch - 1,
-                grad_clip_norm=experiment.optimizer.grad_clip_norm)
-            stepper.resume(restore(job, objective, stepper.optimizer, precision))
-            if config.compile:
-                objective.backbone.compile()
-            leave, seen = threading.Event(), stepper.epoch
-            signal.signal(signal.SIGTERM, lambda *_: leave.set())
-            telemetry.started(objective, source, stepper.epoch)
-
-            def checkpoint(epoch: int) -> str:
-                path = str(write_checkpoint(config.checkpoints, epoch=epoch, experiment=job.experiment,
-                                            fingerprint=job.fingerprint, objective=objective,
-                                            optimizer=stepper.optimizer, keep_last=config.keep_last_checkpoints,
-                                            progress={"precision": precision.state()}))
-                telemetry.checkpointed(path, epoch)
-                return path
-
-            def is_due(every: int | None, epoch: int) -> bool:
-                return every is not None and epoch // every > seen // every  # a download may pass over epochs
-
-            def should_stop(report: StepReport) -> bool:
-                nonlocal seen
-                if report.epoch != seen:
-                    with stepper.resting():
-                        if is_due(config.checkpoint_every_epochs, report.epoch):
-                            checkpoint(report.epoch)
-                        if validation and is_due(config.evaluate_every_epochs, report.epoch) and not leave.is_set():
-                            telemetry.evaluated(report.epoch, evaluate(objective, source, validation, experiment))
-                    seen = report.epoch
-                return leave.is_set() or report.epoch >= (config.stop_at_epoch or math.inf)
-
-            images = batches(source, transforms, config.batch_size, key=draws, threads=readers(config.readers))
-            with hurrying(leave, stepper), closing(images):  # whose threads end with it
-                train(objective, images, partial(Views(transforms, draws), device=device), stepper, precision,
-                      report=telemetry.step, should_stop=should_stop)
-                if not leave.is_set():
-                    stepper.settle()  # whoever stops by epoch stops with the swarm's parameters, not just its own
-            telemetry.leaving()
-            finished = WorkerEvent.Finished(epoch=stepper.epoch, parameters_checksum=parameters_checksum(objective),
-                                            checkpoint=checkpoint(stepper.epoch))
+            telemetry = Telemetry(events, bulletin, config.known_peers,
+                                  vital=[lambda: dht.is_serving, lambda: swarm.is_alive])
+            work = help_others if config.auxiliary else train_together
+            finished = work(job, experiment, swarm, telemetry, bulletin)
         finally:
-            stepper.close()
+            swarm.close()
+            bulletin.close()
         events.send(WorkerEvent(finished=finished))
     finally:
         dht.shutdown()
+
+
+def first_record(dht: DHT, config: PeerConfig) -> PeerRecord:
+    """What the swarm is told of this peer before it trains."""
+    return PeerRecord(
+        peer_id=str(dht.peer_id), name=config.name, state="starting", epoch=0, samples_accumulated=0, samples_total=0,
+        samples_per_second=0.0, loss=None, group_size=0, version=VERSION, device="", client_mode=config.client_mode,
+        auxiliary=config.auxiliary, time=get_dht_time(),
+        addresses=() if config.client_mode else tuple(map(str, dht.get_visible_maddrs()))[:8])
+
+
+def help_others(job: Job, experiment: Experiment, swarm: Swarm, telemetry: Telemetry,
+                bulletin: Bulletin) -> WorkerEvent.Finished:
+    """Help others to average, until SIGTERM."""
+    leave = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: leave.set())
+    bulletin.update(state="training", device="none")
+    telemetry.helping()
+    assist(experiment.averaging, swarm, leave, telemetry.round)
+    telemetry.leaving()
+    return WorkerEvent.Finished(epoch=bulletin.record.epoch)
+
+
+def train_together(job: Job, experiment: Experiment, swarm: Swarm, telemetry: Telemetry,
+                   bulletin: Bulletin) -> WorkerEvent.Finished:
+    """Train until SIGTERM or the job's last epoch."""
+    config = job.config
+    keep_memory()
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    device, transforms = choose_device(config.device), experiment.data.transforms
+    bulletin.update(device=str(device))
+    source, validation = open_data(experiment, config)
+    # a restart must not repeat the order of images, nor the views, of the start before
+    draws = f"{swarm.peer_id}/{time.time_ns()}"
+    objective, precision = build(experiment, config, device)
+    optimizer = build_optimizer(experiment.optimizer, objective)
+    initialise_state(optimizer)
+    stepper = open_strategy(
+        experiment.averaging, transport=swarm, optimizer=optimizer, shared_buffers=objective.shared_buffers(),
+        on_round=telemetry.round, on_state_load=telemetry.state_load)
+    try:
+        govern(optimizer, objective, partial(
+            learning_rate, experiment.optimizer, batch_size=experiment.averaging.target_batch_size,
+            images_per_pass=experiment.data.images_per_pass), epoch=lambda: stepper.epoch,
+            grad_clip_norm=experiment.optimizer.grad_clip_norm)
+        stepper.resume(restore(job, objective, stepper, precision))
+        if config.compile:
+            objective.backbone.compile()
+        leave, seen = threading.Event(), stepper.epoch
+        signal.signal(signal.SIGTERM, lambda *_: leave.set())
+        telemetry.started(objective, source, stepper.epoch)
+
+        def checkpoint(epoch: int) -> str:
+            path = str(write_checkpoint(config.checkpoints, epoch=epoch, experiment=job.experiment,
+                                        fingerprint=job.fingerprint, objective=objective, optimizer=optimizer,
+                                        strategy=stepper.extra_state(), keep_last=config.keep_last_checkpoints,
+                                        progress={"precision": precision.state()}))
+            telemetry.checkpointed(path, epoch)
+            return path
+
+        def is_due(every: int | None, epoch: int) -> bool:
+            return every is not None and epoch // every > seen // every  # a download may pass over epochs
+
+        def should_stop(report: StepReport) -> bool:
+            nonlocal seen
+            if report.epoch != seen:
+                with telemetry.resting():
+                    if is_due(config.checkpoint_every_epochs, report.epoch):
+                        checkpoint(report.epoch)
+                    if validation and is_due(config.evaluate_every_epochs, report.epoch) and not leave.is_set():
+                        telemetry.evaluated(report.epoch, evaluate(objective, source, validation, experiment))
+                seen = report.epoch
+            return leave.is_set() or report.epoch >= (config.stop_at_epoch or math.inf)
+
+        images = batches(source, transforms, config.batch_size, key=draws, threads=readers(config.readers))
+        with hurrying(leave, stepper), closing(images):  # whose threads end with it
+            train(objective, images, partial(Views(transforms, draws), device=device), stepper, precision,
+                  report=telemetry.step, should_stop=should_stop)
+            if not leave.is_set():
+                stepper.settle()  # whoever stops by epoch stops with the swarm's parameters, not just its own
+        telemetry.leaving()
+        return WorkerEvent.Finished(epoch=stepper.epoch, parameters_checksum=parameters_checksum(objective),
+                                    checkpoint=checkpoint(stepper.epoch))
+    finally:
+        stepper.close()
 
 
 def open_data(experiment: Experiment, config: PeerConfig) -> tuple[Source, Source | None]:
@@ -169,7 +208,7 @@ def build(experiment: Experiment, config: PeerConfig, device: torch.device) -> t
 
 
 @contextmanager
-def hurrying(leave: threading.Event, stepper: Collaborative) -> Iterator[None]:
+def hurrying(leave: threading.Event, stepper: Strategy) -> Iterator[None]:
     """While inside, `leave` also ends a step's wait for other peers, a little later."""
     done = threading.Event()
 
@@ -185,14 +224,7 @@ def hurrying(leave: threading.Event, stepper: Collaborative) -> Iterator[None]:
         done.set()
 
 
-def initialised_optimizer(config: Optimizer, parameters: Any) -> torch.optim.Optimizer:
-    """The optimiser with its state in place: hivemind would make that by a step that decays the weights."""
-    optimizer = build_optimizer(config, parameters)
-    initialise_state(optimizer)
-    return optimizer
-
-
-def restore(job: Job, objective: Objective, optimizer: torch.optim.Optimizer, precision: Precision) -> int:
+def restore(job: Job, objective: Objective, stepper: Strategy, precision: Precision) -> int:
     """Load this peer's newest good checkpoint; the epoch to resume at, 0 if there is none."""
     path = newest_checkpoint(job.config.checkpoints)
     if path is None:
@@ -201,7 +233,8 @@ def restore(job: Job, objective: Objective, optimizer: torch.optim.Optimizer, pr
     if checkpoint.fingerprint != job.fingerprint:
         raise BadInput(f"{path} is of experiment {checkpoint.fingerprint[:12]}", expected=job.fingerprint[:12],
                        mend="Join with another --state-dir.")
-    load_into(checkpoint, objective, optimizer)
+    load_into(checkpoint, objective, stepper.optimizer)
+    stepper.load_extra_state(checkpoint.strategy)
     precision.load(checkpoint.progress["precision"])
     log.info("resumed from %s", path)
     return checkpoint.epoch

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-CONTRACTS = ("proto/swarm.proto", "proto/coordinator.proto", "proto/peer.proto")
+CONTRACTS = ("proto/swarm.proto", "proto/coordinator.proto", "proto/peer.proto", "proto/round.proto")
 SERVICES = ("proto/coordinator.proto", "proto/peer.proto")
 
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from proto import swarm_pb2 as proto_dot_swarm__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x10proto/peer.proto\x12\x08\x63ovey.v1\x1a\x11proto/swarm.proto\"\xfa\n\n\x0bWorkerEvent\x12\x30\n\x07started\x18\x01 \x01(\x0b\x32\x1d.covey.v1.WorkerEvent.StartedH\x00\x12*\n\x04step\x18\x02 \x01(\x0b\x32\x1a.covey.v1.WorkerEvent.StepH\x00\x12,\n\x05round\x18\x03 \x01(\x0b\x32\x1b.covey.v1.WorkerEvent.RoundH\x00\x12\x39\n\x0cstate_loaded\x18\x04 \x01(\x0b\x32!.covey.v1.WorkerEvent.StateLoadedH\x00\x12:\n\x0c\x63heckpointed\x18\x05 \x01(\x0b\x32\".covey.v1.WorkerEvent.CheckpointedH\x00\x12\x30\n\x07refused\x18\x06 \x01(\x0b\x32\x1d.covey.v1.WorkerEvent.RefusedH\x00\x12\x32\n\x08\x66inished\x18\x07 \x01(\x0b\x32\x1e.covey.v1.WorkerEvent.FinishedH\x00\x12\x30\n\x07skipped\x18\x08 \x01(\x0b\x32\x1d.covey.v1.WorkerEvent.SkippedH\x00\x12\x34\n\tevaluated\x18\t \x01(\x0b\x32\x1f.covey.v1.WorkerEvent.EvaluatedH\x00\x1a]\n\x07Started\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\x04\x12\x0e\n\x06images\x18\x04 \x01(\x04\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x1a\xb4\x02\n\x04Step\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\nlocal_step\x18\x02 \x01(\x04\x12\x15\n\rsamples_total\x18\x03 \x01(\x04\x12\x1b\n\x13samples_accumulated\x18\x04 \x01(\x04\x12\x15\n\rswarm_samples\x18\x05 \x01(\x04\x12\x13\n\x0bswarm_peers\x18\x06 \x01(\r\x12\x1a\n\x12samples_per_second\x18\x07 \x01(\x01\x12\x0c\n\x04loss\x18\x08 \x01(\x01\x12\x38\n\x07metrics\x18\t \x03(\x0b\x32\'.covey.v1.WorkerEvent.Step.MetricsEntry\x12\x15\n\rlearning_rate\x18\n \x01(\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1aZ\n\x05Round\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07outcome\x18\x02 \x01(\t\x12\x12\n\ngroup_size\x18\x03 \x01(\r\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x1a@\n\x0bStateLoaded\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12\x11\n\tsucceeded\x18\x03 \x01(\x08\x1a\x41\n\x0c\x43heckpointed\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0ctime_seconds\x18\x03 \x01(\x01\x1a\x89\x01\n\tEvaluated\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12=\n\x07\x66igures\x18\x02 \x03(\x0b\x32,.covey.v1.WorkerEvent.Evaluated.FiguresEntry\x1a.\n\x0c\x46iguresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a&\n\x07Skipped\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05total\x18\x02 \x01(\x04\x1a\x1a\n\x07Refused\x12\x0f\n\x07message\x18\x01 \x01(\t\x1aJ\n\x08\x46inished\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x1b\n\x13parameters_checksum\x18\x02 \x01(\t\x12\x12\n\ncheckpoint\x18\x03 \x01(\tB\x07\n\x05\x65vent\"\x0f\n\rStatusRequest\",\n\x10PeerWatchRequest\x12\x18\n\x10interval_seconds\x18\x01 \x01(\x01\"\x0e\n\x0cLeaveRequest\"0\n\nLeaveReply\x12\"\n\x04last\x18\x01 \x01(\x0b\x32\x14.covey.v1.PeerStatus\"\x8c\x04\n\nPeerStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x12\n\ndaemon_pid\x18\x04 \x01(\x05\x12\x12\n\nworker_pid\x18\x05 \x01(\x05\x12\x17\n\x0fworker_restarts\x18\x06 \x01(\r\x12.\n\x07started\x18\x07 \x01(\x0b\x32\x1d.covey.v1.WorkerEvent.Started\x12(\n\x04step\x18\x08 \x01(\x0b\x32\x1a.covey.v1.WorkerEvent.Step\x12.\n\x0fgradient_rounds\x18\t \x01(\x0b\x32\x15.covey.v1.RoundCounts\x12+\n\x0cstate_rounds\x18\n \x01(\x0b\x32\x15.covey.v1.RoundCounts\x12\x12\n\ngroup_size\x18\x0b \x01(\r\x12\x36\n\ncheckpoint\x18\x0c \x01(\x0b\x32\".covey.v1.WorkerEvent.Checkpointed\x12\x30\n\x08\x66inished\x18\r \x01(\x0b\x32\x1e.covey.v1.WorkerEvent.Finished\x12\x13\n\x0bmetrics_url\x18\x0e \x01(\t\x12\x11\n\tstate_dir\x18\x0f \x01(\t\x12\x33\n\nevaluation\x18\x10 \x01(\x0b\x32\x1f.covey.v1.WorkerEvent.Evaluated2\xb3\x01\n\x04Peer\x12\x37\n\x06Status\x12\x17.covey.v1.StatusRequest\x1a\x14.covey.v1.PeerStatus\x12;\n\x05Watch\x12\x1a.covey.v1.PeerWatchRequest\x1a\x14.covey.v1.PeerStatus0\x01\x12\x35\n\x05Leave\x12\x16.covey.v1.LeaveRequest\x1a\x14.covey.v1.LeaveReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x10proto/peer.proto\x12\x08\x63ovey.v1\x1a\x11proto/swarm.proto\"\xbf\x0c\n\x0bWorkerEvent\x12\x30\n\x07started\x18\x01 \x01(\x0b\x32\x1d.covey.v1.WorkerEvent.StartedH\x00\x12*\n\x04step\x18\x02 \x01(\x0b\x32\x1a.covey.v1.WorkerEvent.StepH\x00\x12,\n\x05round\x18\x03 \x01(\x0b\x32\x1b.covey.v1.WorkerEvent.RoundH\x00\x12\x39\n\x0cstate_loaded\x18\x04 \x01(\x0b\x32!.covey.v1.WorkerEvent.StateLoadedH\x00\x12:\n\x0c\x63heckpointed\x18\x05 \x01(\x0b\x32\".covey.v1.WorkerEvent.CheckpointedH\x00\x12\x30\n\x07refused\x18\x06 \x01(\x0b\x32\x1d.covey.v1.WorkerEvent.RefusedH\x00\x12\x32\n\x08\x66inished\x18\x07 \x01(\x0b\x32\x1e.covey.v1.WorkerEvent.FinishedH\x00\x12\x30\n\x07skipped\x18\x08 \x01(\x0b\x32\x1d.covey.v1.WorkerEvent.SkippedH\x00\x12\x34\n\tevaluated\x18\t \x01(\x0b\x32\x1f.covey.v1.WorkerEvent.EvaluatedH\x00\x1a]\n\x07Started\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\x04\x12\x0e\n\x06images\x18\x04 \x01(\x04\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x1a\xb4\x02\n\x04Step\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\nlocal_step\x18\x02 \x01(\x04\x12\x15\n\rsamples_total\x18\x03 \x01(\x04\x12\x1b\n\x13samples_accumulated\x18\x04 \x01(\x04\x12\x15\n\rswarm_samples\x18\x05 \x01(\x04\x12\x13\n\x0bswarm_peers\x18\x06 \x01(\r\x12\x1a\n\x12samples_per_second\x18\x07 \x01(\x01\x12\x0c\n\x04loss\x18\x08 \x01(\x01\x12\x38\n\x07metrics\x18\t \x03(\x0b\x32\'.covey.v1.WorkerEvent.Step.MetricsEntry\x12\x15\n\rlearning_rate\x18\n \x01(\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a\x9e\x02\n\x05Round\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07outcome\x18\x02 \x01(\t\x12\x12\n\ngroup_size\x18\x03 \x01(\r\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x1b\n\x13matchmaking_seconds\x18\x06 \x01(\x01\x12\x12\n\nbytes_sent\x18\x07 \x01(\x04\x12\x16\n\x0e\x62ytes_received\x18\x08 \x01(\x04\x12\x39\n\x07refused\x18\t \x03(\x0b\x32(.covey.v1.WorkerEvent.Round.RefusedEntry\x12\x0e\n\x06reason\x18\n \x01(\t\x1a.\n\x0cRefusedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x1a@\n\x0bStateLoaded\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\x12\x11\n\tsucceeded\x18\x03 \x01(\x08\x1a\x41\n\x0c\x43heckpointed\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0ctime_seconds\x18\x03 \x01(\x01\x1a\x89\x01\n\tEvaluated\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12=\n\x07\x66igures\x18\x02 \x03(\x0b\x32,.covey.v1.WorkerEvent.Evaluated.FiguresEntry\x1a.\n\x0c\x46iguresEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1a&\n\x07Skipped\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05total\x18\x02 \x01(\x04\x1a\x1a\n\x07Refused\x12\x0f\n\x07message\x18\x01 \x01(\t\x1aJ\n\x08\x46inished\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x1b\n\x13parameters_checksum\x18\x02 \x01(\t\x12\x12\n\ncheckpoint\x18\x03 \x01(\tB\x07\n\x05\x65vent\"\x0f\n\rStatusRequest\",\n\x10PeerWatchRequest\x12\x18\n\x10interval_seconds\x18\x01 \x01(\x01\"\x0e\n\x0cLeaveRequest\"0\n\nLeaveReply\x12\"\n\x04last\x18\x01 \x01(\x0b\x32\x14.covey.v1.PeerStatus\"\xd6\x03\n\nPeerStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x12\n\ndaemon_pid\x18\x04 \x01(\x05\x12\x12\n\nworker_pid\x18\x05 \x01(\x05\x12\x17\n\x0fworker_restarts\x18\x06 \x01(\r\x12.\n\x07started\x18\x07 \x01(\x0b\x32\x1d.covey.v1.WorkerEvent.Started\x12(\n\x04step\x18\x08 \x01(\x0b\x32\x1a.covey.v1.WorkerEvent.Step\x12%\n\x06rounds\x18\t \x01(\x0b\x32\x15.covey.v1.RoundCounts\x12\x12\n\ngroup_size\x18\n \x01(\r\x12\x36\n\ncheckpoint\x18\x0b \x01(\x0b\x32\".covey.v1.WorkerEvent.Checkpointed\x12\x30\n\x08\x66inished\x18\x0c \x01(\x0b\x32\x1e.covey.v1.WorkerEvent.Finished\x12\x13\n\x0bmetrics_url\x18\r \x01(\t\x12\x11\n\tstate_dir\x18\x0e \x01(\t\x12\x33\n\nevaluation\x18\x0f \x01(\x0b\x32\x1f.covey.v1.WorkerEvent.Evaluated2\xb3\x01\n\x04Peer\x12\x37\n\x06Status\x12\x17.covey.v1.StatusRequest\x1a\x14.covey.v1.PeerStatus\x12;\n\x05Watch\x12\x1a.covey.v1.PeerWatchRequest\x1a\x14.covey.v1.PeerStatus0\x01\x12\x35\n\x05Leave\x12\x16.covey.v1.LeaveRequest\x1a\x14.covey.v1.LeaveReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,42 +34,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_WORKEREVENT_STEP_METRICSENTRY']._loaded_options = None
   _globals['_WORKEREVENT_STEP_METRICSENTRY']._serialized_options = b'8\001'
+  _globals['_WORKEREVENT_ROUND_REFUSEDENTRY']._loaded_options = None
+  _globals['_WORKEREVENT_ROUND_REFUSEDENTRY']._serialized_options = b'8\001'
   _globals['_WORKEREVENT_EVALUATED_FIGURESENTRY']._loaded_options = None
   _globals['_WORKEREVENT_EVALUATED_FIGURESENTRY']._serialized_options = b'8\001'
   _globals['_WORKEREVENT']._serialized_start=50
-  _globals['_WORKEREVENT']._serialized_end=1452
+  _globals['_WORKEREVENT']._serialized_end=1649
   _globals['_WORKEREVENT_STARTED']._serialized_start=530
   _globals['_WORKEREVENT_STARTED']._serialized_end=623
   _globals['_WORKEREVENT_STEP']._serialized_start=626
   _globals['_WORKEREVENT_STEP']._serialized_end=934
   _globals['_WORKEREVENT_STEP_METRICSENTRY']._serialized_start=888
   _globals['_WORKEREVENT_STEP_METRICSENTRY']._serialized_end=934
-  _globals['_WORKEREVENT_ROUND']._serialized_start=936
-  _globals['_WORKEREVENT_ROUND']._serialized_end=1026
-  _globals['_WORKEREVENT_STATELOADED']._serialized_start=1028
-  _globals['_WORKEREVENT_STATELOADED']._serialized_end=1092
-  _globals['_WORKEREVENT_CHECKPOINTED']._serialized_start=1094
-  _globals['_WORKEREVENT_CHECKPOINTED']._serialized_end=1159
-  _globals['_WORKEREVENT_EVALUATED']._serialized_start=1162
-  _globals['_WORKEREVENT_EVALUATED']._serialized_end=1299
-  _globals['_WORKEREVENT_EVALUATED_FIGURESENTRY']._serialized_start=1253
-  _globals['_WORKEREVENT_EVALUATED_FIGURESENTRY']._serialized_end=1299
-  _globals['_WORKEREVENT_SKIPPED']._serialized_start=1301
-  _globals['_WORKEREVENT_SKIPPED']._serialized_end=1339
-  _globals['_WORKEREVENT_REFUSED']._serialized_start=1341
-  _globals['_WORKEREVENT_REFUSED']._serialized_end=1367
-  _globals['_WORKEREVENT_FINISHED']._serialized_start=1369
-  _globals['_WORKEREVENT_FINISHED']._serialized_end=1443
-  _globals['_STATUSREQUEST']._serialized_start=1454
-  _globals['_STATUSREQUEST']._serialized_end=1469
-  _globals['_PEERWATCHREQUEST']._serialized_start=1471
-  _globals['_PEERWATCHREQUEST']._serialized_end=1515
-  _globals['_LEAVEREQUEST']._serialized_start=1517
-  _globals['_LEAVEREQUEST']._serialized_end=1531
-  _globals['_LEAVEREPLY']._serialized_start=1533
-  _globals['_LEAVEREPLY']._serialized_end=1581
-  _globals['_PEERSTATUS']._serialized_start=1584
-  _globals['_PEERSTATUS']._serialized_end=2108
-  _globals['_PEER']._serialized_start=2111
-  _globals['_PEER']._serialized_end=2290
+  _globals['_WORKEREVENT_ROUND']._serialized_start=937
+  _globals['_WORKEREVENT_ROUND']._serialized_end=1223
+  _globals['_WORKEREVENT_ROUND_REFUSEDENTRY']._serialized_start=1177
+  _globals['_WORKEREVENT_ROUND_REFUSEDENTRY']._serialized_end=1223
+  _globals['_WORKEREVENT_STATELOADED']._serialized_start=1225
+  _globals['_WORKEREVENT_STATELOADED']._serialized_end=1289
+  _globals['_WORKEREVENT_CHECKPOINTED']._serialized_start=1291
+  _globals['_WORKEREVENT_CHECKPOINTED']._serialized_end=1356
+  _globals['_WORKEREVENT_EVALUATED']._serialized_start=1359
+  _globals['_WORKEREVENT_EVALUATED']._serialized_end=1496
+  _globals['_WORKEREVENT_EVALUATED_FIGURESENTRY']._serialized_start=1450
+  _globals['_WORKEREVENT_EVALUATED_FIGURESENTRY']._serialized_end=1496
+  _globals['_WORKEREVENT_SKIPPED']._serialized_start=1498
+  _globals['_WORKEREVENT_SKIPPED']._serialized_end=1536
+  _globals['_WORKEREVENT_REFUSED']._serialized_start=1538
+  _globals['_WORKEREVENT_REFUSED']._serialized_end=1564
+  _globals['_WORKEREVENT_FINISHED']._serialized_start=1566
+  _globals['_WORKEREVENT_FINISHED']._serialized_end=1640
+  _globals['_STATUSREQUEST']._serialized_start=1651
+  _globals['_STATUSREQUEST']._serialized_end=1666
+  _globals['_PEERWATCHREQUEST']._serialized_start=1668
+  _globals['_PEERWATCHREQUEST']._serialized_end=1712
+  _globals['_LEAVEREQUEST']._serialized_start=1714
+  _globals['_LEAVEREQUEST']._serialized_end=1728
+  _globals['_LEAVEREPLY']._serialized_start=1730
+  _globals['_LEAVEREPLY']._serialized_end=1778
+  _globals['_PEERSTATUS']._serialized_start=1781
+  _globals['_PEERSTATUS']._serialized_end=2251
+  _globals['_PEER']._serialized_start=2254
+  _globals['_PEER']._serialized_end=2433
 # @@protoc_insertion_point(module_scope)

@@ -134,19 +134,55 @@ class WorkerEvent(_message.Message):
 
         DESCRIPTOR: _descriptor.Descriptor
 
+        @_typing.final
+        class RefusedEntry(_message.Message):
+            DESCRIPTOR: _descriptor.Descriptor
+
+            KEY_FIELD_NUMBER: _builtins.int
+            VALUE_FIELD_NUMBER: _builtins.int
+            key: _builtins.str
+            value: _builtins.int
+            def __init__(
+                self,
+                *,
+                key: _builtins.str = ...,
+                value: _builtins.int = ...,
+            ) -> None: ...
+            _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+            def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+            _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+            def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+            def WhichOneof(self, oneof_group: _Never) -> None: ...
+
         KIND_FIELD_NUMBER: _builtins.int
         OUTCOME_FIELD_NUMBER: _builtins.int
         GROUP_SIZE_FIELD_NUMBER: _builtins.int
         SECONDS_FIELD_NUMBER: _builtins.int
         EPOCH_FIELD_NUMBER: _builtins.int
+        MATCHMAKING_SECONDS_FIELD_NUMBER: _builtins.int
+        BYTES_SENT_FIELD_NUMBER: _builtins.int
+        BYTES_RECEIVED_FIELD_NUMBER: _builtins.int
+        REFUSED_FIELD_NUMBER: _builtins.int
+        REASON_FIELD_NUMBER: _builtins.int
         kind: _builtins.str
-        """"gradients" or "state" """
+        """what was averaged: "gradients", "parameters", "steps", ..."""
         outcome: _builtins.str
         """"averaged", "failed" or "alone" """
         group_size: _builtins.int
         seconds: _builtins.float
         """from the wish to average until the result"""
         epoch: _builtins.int
+        matchmaking_seconds: _builtins.float
+        """of `seconds`, until the group began to average"""
+        bytes_sent: _builtins.int
+        """of tensors, as encoded"""
+        bytes_received: _builtins.int
+        reason: _builtins.str
+        """why it failed"""
+        @_builtins.property
+        def refused(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+            """contributions refused, this peer's own included, by reason"""
+
         def __init__(
             self,
             *,
@@ -155,10 +191,15 @@ class WorkerEvent(_message.Message):
             group_size: _builtins.int = ...,
             seconds: _builtins.float = ...,
             epoch: _builtins.int = ...,
+            matchmaking_seconds: _builtins.float = ...,
+            bytes_sent: _builtins.int = ...,
+            bytes_received: _builtins.int = ...,
+            refused: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+            reason: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "group_size", b"group_size", "kind", b"kind", "outcome", b"outcome", "seconds", b"seconds"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_received", b"bytes_received", "bytes_sent", b"bytes_sent", "epoch", b"epoch", "group_size", b"group_size", "kind", b"kind", "matchmaking_seconds", b"matchmaking_seconds", "outcome", b"outcome", "reason", b"reason", "refused", b"refused", "seconds", b"seconds"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -454,8 +495,7 @@ class PeerStatus(_message.Message):
     WORKER_RESTARTS_FIELD_NUMBER: _builtins.int
     STARTED_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
-    GRADIENT_ROUNDS_FIELD_NUMBER: _builtins.int
-    STATE_ROUNDS_FIELD_NUMBER: _builtins.int
+    ROUNDS_FIELD_NUMBER: _builtins.int
     GROUP_SIZE_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
@@ -478,9 +518,7 @@ class PeerStatus(_message.Message):
     @_builtins.property
     def step(self) -> Global___WorkerEvent.Step: ...
     @_builtins.property
-    def gradient_rounds(self) -> _swarm_pb2.RoundCounts: ...
-    @_builtins.property
-    def state_rounds(self) -> _swarm_pb2.RoundCounts: ...
+    def rounds(self) -> _swarm_pb2.RoundCounts: ...
     @_builtins.property
     def checkpoint(self) -> Global___WorkerEvent.Checkpointed: ...
     @_builtins.property
@@ -500,8 +538,7 @@ class PeerStatus(_message.Message):
         worker_restarts: _builtins.int = ...,
         started: Global___WorkerEvent.Started | None = ...,
         step: Global___WorkerEvent.Step | None = ...,
-        gradient_rounds: _swarm_pb2.RoundCounts | None = ...,
-        state_rounds: _swarm_pb2.RoundCounts | None = ...,
+        rounds: _swarm_pb2.RoundCounts | None = ...,
         group_size: _builtins.int = ...,
         checkpoint: Global___WorkerEvent.Checkpointed | None = ...,
         finished: Global___WorkerEvent.Finished | None = ...,
@@ -509,9 +546,9 @@ class PeerStatus(_message.Message):
         state_dir: _builtins.str = ...,
         evaluation: Global___WorkerEvent.Evaluated | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "evaluation", b"evaluation", "finished", b"finished", "gradient_rounds", b"gradient_rounds", "started", b"started", "state_rounds", b"state_rounds", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "evaluation", b"evaluation", "finished", b"finished", "rounds", b"rounds", "started", b"started", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "daemon_pid", b"daemon_pid", "evaluation", b"evaluation", "finished", b"finished", "gradient_rounds", b"gradient_rounds", "group_size", b"group_size", "metrics_url", b"metrics_url", "name", b"name", "run_id", b"run_id", "started", b"started", "state", b"state", "state_dir", b"state_dir", "state_rounds", b"state_rounds", "step", b"step", "worker_pid", b"worker_pid", "worker_restarts", b"worker_restarts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "daemon_pid", b"daemon_pid", "evaluation", b"evaluation", "finished", b"finished", "group_size", b"group_size", "metrics_url", b"metrics_url", "name", b"name", "rounds", b"rounds", "run_id", b"run_id", "started", b"started", "state", b"state", "state_dir", b"state_dir", "step", b"step", "worker_pid", b"worker_pid", "worker_restarts", b"worker_restarts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -89,11 +89,11 @@ class PeerRow(_message.Message):
     SAMPLES_PER_SECOND_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     GROUP_SIZE_FIELD_NUMBER: _builtins.int
-    GRADIENT_ROUNDS_FIELD_NUMBER: _builtins.int
-    STATE_ROUNDS_FIELD_NUMBER: _builtins.int
+    ROUNDS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
-    CLIENT_MODE_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    STEP_SECONDS_FIELD_NUMBER: _builtins.int
     LAST_SEEN_SECONDS_FIELD_NUMBER: _builtins.int
     peer_id: _builtins.str
     """libp2p peer id, base58"""
@@ -114,14 +114,14 @@ class PeerRow(_message.Message):
     """of its last averaging round; 0 before the first"""
     version: _builtins.str
     device: _builtins.str
-    client_mode: _builtins.bool
-    """accepts no incoming connections"""
+    mode: _builtins.str
+    """"direct", "client" (accepts no incoming connections) or "auxiliary" (trains nothing)"""
+    step_seconds: _builtins.float
+    """that a micro-batch takes there, on average"""
     last_seen_seconds: _builtins.float
     """age of the record"""
     @_builtins.property
-    def gradient_rounds(self) -> Global___RoundCounts: ...
-    @_builtins.property
-    def state_rounds(self) -> Global___RoundCounts: ...
+    def rounds(self) -> Global___RoundCounts: ...
     def __init__(
         self,
         *,
@@ -134,16 +134,16 @@ class PeerRow(_message.Message):
         samples_per_second: _builtins.float = ...,
         loss: _builtins.float | None = ...,
         group_size: _builtins.int = ...,
-        gradient_rounds: Global___RoundCounts | None = ...,
-        state_rounds: Global___RoundCounts | None = ...,
+        rounds: Global___RoundCounts | None = ...,
         version: _builtins.str = ...,
         device: _builtins.str = ...,
-        client_mode: _builtins.bool = ...,
+        mode: _builtins.str = ...,
+        step_seconds: _builtins.float = ...,
         last_seen_seconds: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "gradient_rounds", b"gradient_rounds", "loss", b"loss", "state_rounds", b"state_rounds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss", "rounds", b"rounds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "client_mode", b"client_mode", "device", b"device", "epoch", b"epoch", "gradient_rounds", b"gradient_rounds", "group_size", b"group_size", "last_seen_seconds", b"last_seen_seconds", "loss", b"loss", "name", b"name", "peer_id", b"peer_id", "samples_accumulated", b"samples_accumulated", "samples_per_second", b"samples_per_second", "samples_total", b"samples_total", "state", b"state", "state_rounds", b"state_rounds", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "device", b"device", "epoch", b"epoch", "group_size", b"group_size", "last_seen_seconds", b"last_seen_seconds", "loss", b"loss", "mode", b"mode", "name", b"name", "peer_id", b"peer_id", "rounds", b"rounds", "samples_accumulated", b"samples_accumulated", "samples_per_second", b"samples_per_second", "samples_total", b"samples_total", "state", b"state", "step_seconds", b"step_seconds", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
@@ -168,10 +168,10 @@ class SwarmSnapshot(_message.Message):
     GROUP_SIZE_FIELD_NUMBER: _builtins.int
     SAMPLES_TOTAL_FIELD_NUMBER: _builtins.int
     PEERS_FIELD_NUMBER: _builtins.int
-    GRADIENT_ROUNDS_FIELD_NUMBER: _builtins.int
-    STATE_ROUNDS_FIELD_NUMBER: _builtins.int
+    ROUNDS_FIELD_NUMBER: _builtins.int
     JOINS_FIELD_NUMBER: _builtins.int
     DEPARTURES_FIELD_NUMBER: _builtins.int
+    CONSENSUS_DISTANCE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     time_seconds: _builtins.float
     """Unix time at which the records were read; 0: not yet"""
@@ -190,12 +190,14 @@ class SwarmSnapshot(_message.Message):
     """all that peers reported since the coordinator started"""
     joins: _builtins.int
     """since the coordinator started; a peer that comes back joins again"""
+    consensus_distance: _builtins.float
+    """Root mean square distance of the peers' parameters from their mean, in the newest epoch, estimated from sketches;
+    absent while fewer than two peers are known there.
+    """
     @_builtins.property
     def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerRow]: ...
     @_builtins.property
-    def gradient_rounds(self) -> Global___RoundCounts: ...
-    @_builtins.property
-    def state_rounds(self) -> Global___RoundCounts: ...
+    def rounds(self) -> Global___RoundCounts: ...
     @_builtins.property
     def departures(self) -> Global___Departures: ...
     def __init__(
@@ -212,17 +214,22 @@ class SwarmSnapshot(_message.Message):
         group_size: _builtins.int = ...,
         samples_total: _builtins.int = ...,
         peers: _abc.Iterable[Global___PeerRow] | None = ...,
-        gradient_rounds: Global___RoundCounts | None = ...,
-        state_rounds: Global___RoundCounts | None = ...,
+        rounds: Global___RoundCounts | None = ...,
         joins: _builtins.int = ...,
         departures: Global___Departures | None = ...,
+        consensus_distance: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "departures", b"departures", "gradient_rounds", b"gradient_rounds", "loss", b"loss", "state_rounds", b"state_rounds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_consensus_distance", b"_consensus_distance", "_loss", b"_loss", "consensus_distance", b"consensus_distance", "departures", b"departures", "loss", b"loss", "rounds", b"rounds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "departures", b"departures", "epoch", b"epoch", "epoch_samples", b"epoch_samples", "gradient_rounds", b"gradient_rounds", "group_size", b"group_size", "joins", b"joins", "loss", b"loss", "peers", b"peers", "run_id", b"run_id", "samples_per_second", b"samples_per_second", "samples_total", b"samples_total", "state_rounds", b"state_rounds", "target_batch_size", b"target_batch_size", "target_group_size", b"target_group_size", "time_seconds", b"time_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_consensus_distance", b"_consensus_distance", "_loss", b"_loss", "consensus_distance", b"consensus_distance", "departures", b"departures", "epoch", b"epoch", "epoch_samples", b"epoch_samples", "group_size", b"group_size", "joins", b"joins", "loss", b"loss", "peers", b"peers", "rounds", b"rounds", "run_id", b"run_id", "samples_per_second", b"samples_per_second", "samples_total", b"samples_total", "target_batch_size", b"target_batch_size", "target_group_size", b"target_group_size", "time_seconds", b"time_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__consensus_distance: _TypeAlias = _typing.Literal["consensus_distance"]  # noqa: Y015
+    _WhichOneofArgType__consensus_distance: _TypeAlias = _typing.Literal["_consensus_distance", b"_consensus_distance"]  # noqa: Y015
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__consensus_distance) -> _WhichOneofReturnType__consensus_distance | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
 
 Global___SwarmSnapshot: _TypeAlias = SwarmSnapshot  # noqa: Y015

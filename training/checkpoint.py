@@ -31,22 +31,28 @@ class Checkpoint:
     epoch: int                   # collaborative epochs, that is updates, so far
     experiment: bytes            # canonical JSON
     fingerprint: str             # of the experiment
-    tensors: dict[str, Tensor]   # objective.<name>, optimizer.<index of the parameter>.<name>, local.<name>: the queue
+    tensors: dict[str, Tensor]   # objective.<name>, optimizer.<index of the parameter>.<name>, local.<name> (the
+                                 # queue), strategy.<name>
     progress: dict[str, Any]     # where the run stood, for whoever wrote it: the next batch, samples so far, ...
+
+    @property
+    def strategy(self) -> dict[str, Tensor]:
+        """Tensors of the averaging strategy."""
+        return _under("strategy.", self.tensors)
 
 
 def write_checkpoint(directory: Path, *, epoch: int, experiment: bytes, fingerprint: str, objective: Objective,
-                     optimizer: torch.optim.Optimizer, keep_last: int,
-                     progress: Mapping[str, Any] | None = None) -> Path:
+                     optimizer: torch.optim.Optimizer, keep_last: int, progress: Mapping[str, Any] | None = None,
+                     strategy: Mapping[str, Tensor] | None = None) -> Path:
     """Writes a checkpoint and removes all but the newest `keep_last`; the path of its tensor file.
 
-    `progress` must be what JSON can hold. Atomic: a crash at any moment leaves the earlier checkpoints, and this one
-    whole or not at all.
+    `progress` must be what JSON can hold; `strategy`: tensors of the averaging strategy. Atomic: a crash at any moment
+    leaves the earlier checkpoints, and this one whole or not at all.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"epoch-{epoch:08d}.safetensors"
     staged = path.with_suffix(".safetensors.tmp")
-    save_file(_state(objective, optimizer), staged)
+    save_file(_state(objective, optimizer, strategy or {}), staged)
     digest = _sha256(staged)
     move_into_place(staged, path)
 
@@ -59,9 +65,13 @@ def write_checkpoint(directory: Path, *, epoch: int, experiment: bytes, fingerpr
     return path
 
 
-def newest_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint in `directory` that is whole; each one passed over is logged with the reason."""
-    for path in sorted(directory.glob("epoch-*.safetensors"), reverse=True):
+def newest_checkpoint(directory: Path, *, up_to: int | None = None) -> Path | None:
+    """The newest checkpoint in `directory` that is whole; each one passed over is logged with the reason.
+
+    `up_to`: the last epoch that counts.
+    """
+    last = "~" if up_to is None else f"epoch-{up_to:08d}.safetensors"
+    for path in sorted((path for path in directory.glob("epoch-*.safetensors") if path.name <= last), reverse=True):
         try:
             _verified(path)
         except BadInput as error:
@@ -103,10 +113,11 @@ def parameters_checksum(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _state(objective: Objective, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _state(objective: Objective, optimizer: torch.optim.Optimizer, strategy: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors = {f"objective.{name}": tensor for name, tensor in objective.state_dict().items()}
     tensors |= {f"optimizer.{name}": tensor for name, tensor in _flat(optimizer.state_dict()).items()}
     tensors |= {f"local.{name}": tensor for name, tensor in objective.local_state().items()}
+    tensors |= {f"strategy.{name}": tensor for name, tensor in strategy.items()}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 

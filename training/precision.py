@@ -1,7 +1,7 @@
 """Mixed precision of a training step: autocast, and for float16 a scaled loss."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,15 @@ class Precision:
     (Micikevicius et al., arXiv 1710.03740, section 3.2). Raises BadInput for float16 on a CPU.
     """
 
-    def __init__(self, amp: Amp, device: torch.device, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, amp: Amp, device: torch.device, parameters: Iterable[nn.Parameter], *,
+                 all_agree: Callable[[bool], bool] = bool) -> None:
+        """`all_agree`: whether all processes that keep step are given True; of float16's overflows only."""
         self.dtype = DTYPES[amp.dtype] if amp.use_amp else torch.float32
         if self.dtype == torch.float16 and device.type == "cpu":
             raise BadInput("model.amp.dtype = 'fp16' on a CPU", expected="bf16 there: float16 is slower than float32",
                            mend="Set model.amp.dtype=bf16 or model.amp.use_amp=false for all, or join with a GPU.")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = amp.tf32
-        self._device, self._parameters = device, list(parameters)
+        self._device, self._parameters, self._all_agree = device, list(parameters), all_agree
         self._scale, self._good_steps = INITIAL_SCALE if self.dtype == torch.float16 else 1.0, 0
 
     def autocast(self) -> torch.autocast:
@@ -48,7 +50,7 @@ class Precision:
         torch.autograd.backward(loss * self._scale)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         torch._foreach_mul_(gradients, 1 / self._scale)
-        if bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()):
+        if self._all_agree(bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())):
             self._grow()
             return True
         for parameter in self._parameters:

@@ -20,7 +20,8 @@ class Training(Config):
     """Everything that decides what an update does; equal on all peers. Each objective adds its model and loss."""
 
     refused: ClassVar[Mapping[str, str]] = {
-        "distributed": "A peer is one process; how many there are is the volunteers' own.",
+        "distributed": "How many processes there are is decided at the start: by volunteers that join, by torchrun or "
+        "by Slurm.",
         "hydra": "There is no Hydra here: overrides are dotted keys.",
     }
 

@@ -29,6 +29,19 @@ class Teller(Protocol):
         """Something happened: record, warning, resumed, ready, checkpoint, leaving, finished."""
 
 
+class Silent:
+    """Tells nothing: of several processes, one is enough."""
+
+    def update(self, values: Mapping[str, float], epoch: int) -> None:
+        pass
+
+    def moment(self, epoch: int, samples: int, samples_per_second: float, loss: float) -> None:
+        pass
+
+    def tell(self, event: str, **fields: Any) -> None:
+        pass
+
+
 class JsonLines:
     """One JSON object per line, each with an "event"."""
 

@@ -35,7 +35,7 @@ def record(dht: DHT, **fields: object) -> PeerRecord:
     told = PeerRecord(
         peer_id=str(dht.peer_id), name="ada", state="training", epoch=3, samples_accumulated=64, samples_total=640,
         samples_per_second=12.5, loss=1.5, group_size=2, version="0.1.0", device="cpu", client_mode=False,
-        time=get_dht_time(), gradient_rounds=Rounds(averaged=3), state_rounds=Rounds(averaged=2, failed=1))
+        time=get_dht_time(), rounds=Rounds(averaged=3, failed=1), sketch=bytes(128), auxiliary=True, step_seconds=0.5)
     return replace(told, **fields)
 
 

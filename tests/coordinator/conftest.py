@@ -28,7 +28,7 @@ def record() -> Callable[..., PeerRecord]:
 @pytest.fixture(scope="session")
 def about() -> About:
     return About(run_id="tiny-0123456789ab", link="covey://127.0.0.1:31338/tiny-0123456789ab", version="0.1.0",
-                 target_batch_size=256, target_group_size=2)
+                 target_batch_size=256, target_group_size=2, averaged="gradients")
 
 
 @pytest.fixture
@@ -36,12 +36,12 @@ def state(record: Callable[..., PeerRecord]) -> SwarmState:
     """Two peers at NOW, one of whom volunteers as a script."""
     rounds = Rounds(averaged=5, failed=1, alone=2)
     ada = record("12D3ada", name="ada", epoch=7, samples_accumulated=64, samples_total=1000, samples_per_second=30.0,
-                 loss=2.0, group_size=2, gradient_rounds=rounds)
+                 loss=2.0, group_size=2, rounds=rounds)
     eve = record("12D3eve", name="<script>alert(1)</script>", state="starting", client_mode=True,
                  samples_per_second=10.0, loss=4.0)
     peers = {peer.peer_id: Peer(peer, NOW - 3) for peer in (ada, eve)}
     empty = SwarmState()
-    counters = replace(empty.counters, samples=1500, gradient_rounds=rounds, state_rounds=Rounds(1, 0, 0))
+    counters = replace(empty.counters, samples=1500, rounds=rounds)
     return SwarmState(time=NOW, peers=peers, counters=counters, joins=6, left=3, lost=1, epoch=7)
 
 

@@ -46,7 +46,7 @@ dht = start_dht(identity_path=Path(path), host_maddrs=["/ip4/127.0.0.1/tcp/0"], 
 record = PeerRecord(
     peer_id=str(dht.peer_id), name="ada", state="training", epoch=3, samples_accumulated=64, samples_total=832,
     samples_per_second=20.0, loss=1.5, group_size=2, version="0.1.0", device="cpu", client_mode=False, time=time.time(),
-    gradient_rounds=Rounds(averaged=3), state_rounds=Rounds(averaged=3))
+    rounds=Rounds(averaged=3))
 publish_record(dht, run, key, record, lifetime_seconds=60.0)
 while not read_records(dht, run):
     time.sleep(0.05)

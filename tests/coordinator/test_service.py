@@ -82,8 +82,8 @@ def test_a_snapshot_carries_the_whole_view(state: SwarmState, about: About) -> N
         about.run_id, 7, 64, 256)
     assert (received.loss, received.samples_total, received.joins, received.departures.lost) == (2.5, 1500, 6, 1)
     ada, eve = received.peers
-    assert (ada.peer_id, ada.gradient_rounds.averaged, ada.loss, ada.last_seen_seconds) == ("12D3ada", 5, 2.0, 3.0)
-    assert (eve.client_mode, eve.state) == (True, "starting")
+    assert (ada.peer_id, ada.rounds.averaged, ada.loss, ada.last_seen_seconds) == ("12D3ada", 5, 2.0, 3.0)
+    assert (eve.mode, eve.state) == ("client", "starting")
 
 
 def test_a_loss_that_nobody_knows_is_absent_not_zero(about: About) -> None:

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from math import sqrt
+from struct import pack
 
 import pytest
 from hypothesis import given
@@ -27,7 +29,7 @@ def fold(*readings: tuple[float, list[PeerRecord]]) -> SwarmState:
 # A history: each reading, some seconds after the one before, shows some of five peers in some condition.
 conditions = st.fixed_dictionaries({
     "state": st.sampled_from(PEER_STATES), "epoch": st.integers(0, 5), "samples_total": st.integers(0, 100),
-    "gradient_rounds": st.builds(Rounds, *[st.integers(0, 5)] * 3), "age": st.integers(-30, 90)})
+    "rounds": st.builds(Rounds, *[st.integers(0, 5)] * 3), "age": st.integers(-30, 90)})
 histories = st.lists(
     st.tuples(st.integers(0, 40), st.dictionaries(st.sampled_from("abcde"), conditions)), min_size=1, max_size=12)
 
@@ -77,7 +79,7 @@ def test_counters_never_go_down(record: Record, now: float, history: list) -> No
     states = [fold(*rows[:length]) for length in range(1, len(rows) + 1)]
     for before, after in pairwise(states):
         assert after.counters.samples >= before.counters.samples
-        assert after.counters.gradient_rounds.averaged >= before.counters.gradient_rounds.averaged
+        assert after.counters.rounds.averaged >= before.counters.rounds.averaged
         assert (after.joins, after.left, after.lost) >= (before.joins, before.left, before.lost)
 
 
@@ -122,17 +124,17 @@ def test_group_size_is_the_largest_of_the_last_rounds(record: Record, now: float
 
 
 def test_counters_go_on_when_a_worker_restarts(record: Record, now: float) -> None:
-    state = fold((now, [record("a", samples_total=100, gradient_rounds=Rounds(4, 1, 0))]),
-                 (now + 9, [record("a", time=now + 9, samples_total=30, gradient_rounds=Rounds(1, 0, 0))]),
-                 (now + 19, [record("a", time=now + 19, samples_total=35, gradient_rounds=Rounds(2, 0, 0))]))
+    state = fold((now, [record("a", samples_total=100, rounds=Rounds(4, 1, 0))]),
+                 (now + 9, [record("a", time=now + 9, samples_total=30, rounds=Rounds(1, 0, 0))]),
+                 (now + 19, [record("a", time=now + 19, samples_total=35, rounds=Rounds(2, 0, 0))]))
     assert state.counters.samples == 135
-    assert state.counters.gradient_rounds == Rounds(6, 1, 0)
+    assert state.counters.rounds == Rounds(6, 1, 0)
     assert (state.joins, state.lost) == (1, 0)
 
 
 def test_one_counter_that_fell_shows_that_all_began_anew(record: Record, now: float) -> None:
-    state = fold((now, [record("a", samples_total=10, state_rounds=Rounds(3, 0, 0))]),
-                 (now + 9, [record("a", time=now + 9, samples_total=12, state_rounds=Rounds(0, 0, 0))]))
+    state = fold((now, [record("a", samples_total=10, rounds=Rounds(3, 0, 0))]),
+                 (now + 9, [record("a", time=now + 9, samples_total=12, rounds=Rounds(0, 0, 0))]))
     assert state.counters.samples == 22
 
 
@@ -214,3 +216,17 @@ def test_only_so_many_of_the_gone_are_remembered(record: Record, now: float, mon
     late = replace(records[0], time=now + 1)
     state = fold((now, records), (now + 1, [late]), (now + STALE + 0.5, []), (now + STALE + 2, []))
     assert (list(state.gone), state.lost) == (["c", "a"], 3)
+
+
+def test_the_distance_from_consensus_is_that_of_the_newest_epochs_sketches(
+        record: Record, now: float) -> None:
+    def sketch(first: float) -> bytes:
+        return pack("<32f8x", first, *[0.0] * 31)
+
+    records = [record("a", epoch=7, sketch=sketch(1.0)), record("b", epoch=7, sketch=sketch(4.0)),
+               record("c", epoch=7, sketch=sketch(-2.0)), record("late", epoch=6, sketch=sketch(100.0)),
+               record("mute", epoch=7), record("odd", epoch=7, sketch=b"1234"),
+               record("liar", epoch=7, sketch=sketch(float("nan")))]
+    state = fold((now, records))
+    assert state.consensus_distance == pytest.approx(sqrt((0 + 9 + 9) / 3))
+    assert fold((now, records[:1])).consensus_distance is None

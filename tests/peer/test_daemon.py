@@ -80,7 +80,7 @@ def test_a_signal_leaves_in_good_order(trainer: Daemon, number: signal.Signals) 
     finished = trainer.event("finished")
     assert trainer.end() == (0, "")
     assert finished["parameters_checksum"] == "ab"
-    assert finished["gradient_rounds"]["averaged"] == finished["epoch"]
+    assert finished["rounds"]["averaged"] == finished["epoch"]
     until(lambda: not any(map(is_running, family)), "all gone", seconds=5)
     assert not list(runtime_dir().iterdir())
 

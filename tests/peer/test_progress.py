@@ -75,7 +75,7 @@ def test_json_lines_tell_the_story() -> None:
     assert told[1] == {"event": "skipped", "path": "broken.png", "total": 1}
     assert told[3] == {"event": "epoch", "epoch": 5, "own_samples": 48, "samples": 64, "peers": 3, "group_size": 2,
                        "loss": 2.0, "samples_per_second": 50.0}
-    assert told[6]["gradient_rounds"] == {"averaged": 1, "failed": 0, "alone": 0}
+    assert told[6]["rounds"] == {"averaged": 1, "failed": 0, "alone": 0}
     assert told[7] == {"event": "restarting", "exit_code": -9, "delay_seconds": 2.0}
 
 

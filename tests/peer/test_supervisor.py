@@ -85,7 +85,7 @@ def test_a_finished_worker_ends_the_run_with_zero(tmp_path: Path) -> None:
     scene = Scene(tmp_path, "finish")
     assert scene.play(nothing) == Ending(0)
     assert scene.supervisor.status.finished.epoch == 3
-    assert scene.supervisor.status.gradient_rounds.averaged == 3
+    assert scene.supervisor.status.rounds.averaged == 3
     assert scene.diary.events[-1] == "finished"
 
 

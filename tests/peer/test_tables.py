@@ -21,7 +21,7 @@ def shown(view: RenderableType) -> str:
 def test_a_swarm_s_peers_are_rows_by_name() -> None:
     text = shown(swarm_table(SwarmSnapshot(
         run_id="demo-01", epoch=12, epoch_samples=96, target_batch_size=256, samples_per_second=40.5, loss=2.25,
-        peers=[PeerRow(name="zoe", state="training", gradient_rounds=RoundCounts(averaged=5, failed=1)),
+        peers=[PeerRow(name="zoe", state="training", rounds=RoundCounts(averaged=5, failed=1)),
                PeerRow(name="adam", state="starting", loss=0.0)])))
     assert "demo-01: epoch 12, 96 of 256 samples, 2 peers, 40.5 samples/s, loss 2.2500" in text
     assert text.index("adam") < text.index("zoe")

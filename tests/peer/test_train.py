@@ -205,10 +205,24 @@ def test_classes_to_evaluate_on_that_are_not_trained_on_are_refused(tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_of_torchruns_variables_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(BadInput, match="WORLD_SIZE = 2"):
+    with pytest.raises(BadInput, match="WORLD_SIZE in the environment, and no RANK"):
         train(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("strategy", ["local_sgd", "diloco"])
+def test_local_steps_of_one_process_are_plain_training(tmp_path: Path, strategy: str) -> None:
+    """An epoch of two steps is two epochs, but for the schedule, which counts epochs."""
+    common = ["optimizer.lr_scheduler=constant", "optimizer.name=sgd"]
+    outer = ["averaging.outer_lr=1", "averaging.outer_momentum=0", "averaging.outer_nesterov=false"]
+    train(tmp_path / "plain", tiny("classification", *common, "averaging.target_batch_size=16"), stop_at_epoch=6)
+    train(tmp_path / "local", tiny(
+        "classification", *common, "averaging.target_batch_size=32", f"averaging.strategy={strategy}",
+        "averaging.local_steps=2", *(outer if strategy == "diloco" else [])), stop_at_epoch=3)
+    plain, local = state(tmp_path / "plain"), state(tmp_path / "local")
+    assert [name for name in plain if name in local and not torch.equal(plain[name], local[name])] == []
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_names_what_is_left(

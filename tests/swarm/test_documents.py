@@ -1,4 +1,4 @@
-"""Every command of the README is run here as it stands, but for ports, addresses and the home folder."""
+"""Every command of the documents is run here as it stands, but for ports, addresses and the home folder."""
 
 import os
 import re
@@ -13,7 +13,8 @@ from PIL import Image
 from processes import until
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+BLOCKS = [block for document in ("README.md", "docs/averaging.md")
+          for block in re.findall(r"```sh\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)]
 COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
 STAYS = {"coordinator": "join by", "join": "epoch ", "status --watch": "demo-"}  # what it shows before it is ended
 
@@ -65,7 +66,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(command: str, home: Path, link: str) -> list[str]:
     """The command's arguments, at home in `home`, by `link`, on loopback and any free ports."""
     covey, *arguments = shlex.split(command)
-    assert covey == "covey"
+    assert covey in {"covey", "torchrun"}
     arguments = [link if word == "LINK" else word.replace("~", str(home)) for word in arguments]
     if arguments[0] in {"coordinator", "join"}:
         arguments += ["--listen", "127.0.0.1", "--port", "0", "--http-port", "0"]
@@ -76,7 +77,8 @@ def words(command: str, home: Path, link: str) -> list[str]:
     return arguments
 
 
-def test_the_readmes_commands_do_what_it_says(home: Path) -> None:
+@pytest.mark.timeout(600)
+def test_the_documents_commands_do_what_they_say(home: Path) -> None:
     assert len(COMMANDS) > 8
     link, terminals = "", list[Terminal]()
     try:
@@ -96,8 +98,9 @@ def test_the_readmes_commands_do_what_it_says(home: Path) -> None:
             else:
                 if arguments[0] == "evaluate":
                     until(lambda: list(Path(arguments[1]).glob("*.json")), "a checkpoint", 120)  # noqa: B023
-                done = subprocess.run([sys.executable, "-m", "peer.cli", *arguments], capture_output=True, text=True,
-                                      env=surroundings(home), cwd=ROOT, timeout=120, check=False)
+                module = "torch.distributed.run" if command.startswith("torchrun") else "peer.cli"
+                done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True,
+                                      env=surroundings(home), cwd=ROOT, timeout=180, check=False)
                 assert done.returncode == 0, (command, done)
                 assert done.stdout.strip(), command
     finally:

@@ -48,7 +48,7 @@ def test_status_shows_the_swarm_as_the_volunteers_see_it(swarm: Swarm) -> None:
     until(lambda: len([peer for peer in status()["peers"] if peer["state"] == "training"]) == 2, "two peers")
     shown, epochs = status(), [volunteer.all("epoch")[-1]["epoch"] for volunteer in volunteers]
     assert max(epochs) - 3 <= shown["epoch"] <= max(epochs) + 3
-    assert shown["gradient_rounds"]["averaged"] > 0
+    assert shown["rounds"]["averaged"] > 0
     assert {peer["version"] for peer in shown["peers"]} == {shown["peers"][0]["version"]}
 
 

@@ -29,13 +29,14 @@ class Batch:
     samples: int
 
 
-def batches(source: Source, transforms: Transforms, batch_size: int, *, key: str, start: int = 0,
+def batches(source: Source, transforms: Transforms, batch_size: int, *, key: str, start: int = 0, every: int = 1,
             threads: int = DECODING_THREADS) -> Generator[Batch, None, None]:
-    """Endless batches from number `start` on; an incomplete one at a pass's end is dropped.
+    """Endless batches from number `start` on, each `every`th; an incomplete one at a pass's end is dropped.
 
     The order of a pass depends on `key` and the number of the pass, crops on `key` and the number of the batch: so
     a run that goes on at `start` sees what it would have seen. `key` names the peer and how often it has started:
-    seeded alike, all peers would see one order of data, and a peer the same one after each restart.
+    seeded alike, all peers would see one order of data, and a peer the same one after each restart. Processes that
+    share a key, and of n take each nth batch from the first, second, ... on, share each pass without overlap.
     `threads` threads each make whole batches, one ahead apiece; they end when the iterator is closed.
     Raises BadInput, at once, if the source cannot fill a batch.
     """
@@ -46,7 +47,7 @@ def batches(source: Source, transforms: Transforms, batch_size: int, *, key: str
         labels = None if source.labels is None else source.labels[stand_ins(source, indices)]
         return Batch(number, crops, labels, batch_size)
 
-    return _read_ahead(make, _orders(len(source), batch_size, key, start), threads)
+    return _read_ahead(make, islice(_orders(len(source), batch_size, key, start), 0, None, every), threads)
 
 
 def _orders(size: int, batch_size: int, key: str, start: int) -> Iterator[tuple[int, list[int]]]:

@@ -4,13 +4,16 @@ from training.errors import BadInput
 from training.recipe import SwavTraining, Training
 
 
-def warnings(training: Training, batch_size: int, *, processes: int = 1) -> list[str]:
-    """What will probably go wrong with micro-batches of `batch_size` in each process of a volunteer, and the mend."""
+def warnings(training: Training, batch_size: int, *, processes: int = 1, sharing: int | None = None) -> list[str]:
+    """What will probably go wrong with micro-batches of `batch_size` in each of `processes`, and the mend.
+
+    `sharing`: processes that assign their images together and share a queue; by default all.
+    """
     found = []
     if training.model.sync_bn.convert_bn_to_sync_bn and processes == 1:
         found.append("model.sync_bn.convert_bn_to_sync_bn changes nothing: there is one process, with nobody to "
                      "synchronise with.")
-    return found + (_of_swav(training, batch_size, processes) if isinstance(training, SwavTraining) else [])
+    return found + (_of_swav(training, batch_size, sharing or processes) if isinstance(training, SwavTraining) else [])
 
 
 def pass_warnings(training: Training, images: int) -> list[str]:

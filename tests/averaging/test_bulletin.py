@@ -1,0 +1,103 @@
+"""The bulletin board on a real DHT: records are told and read in time, and a lost DHT stops nobody."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from time import monotonic
+
+import pytest
+from hivemind.utils import get_dht_time
+from processes import until
+
+from averaging.bulletin import Bulletin
+from averaging.config import Averaging
+from averaging.dht import DHT, open_identity, start_dht
+from averaging.progress import read_records, record_validators
+from averaging.records import PeerRecord
+
+RUN = "board"
+SLOW = Averaging(target_batch_size=64, target_group_size=4, min_refresh_period=30.0, default_refresh_period=30.0,
+                 max_refresh_period=30.0, report_progress_expiration=100.0)
+
+
+def board(dht: DHT, key_path: Path, name: str) -> Bulletin:
+    record = PeerRecord(
+        peer_id=str(dht.peer_id), name=name, state="training", epoch=0, samples_accumulated=0, samples_total=0,
+        samples_per_second=1.0, loss=None, group_size=0, version="0", device="cpu", client_mode=False,
+        time=get_dht_time())
+    return Bulletin(dht, RUN, open_identity(key_path), record, SLOW)
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[tuple[DHT, Path]]]:
+    folder, nodes = tmp_path_factory.mktemp("board"), list[tuple[DHT, Path]]()
+    for number in range(2):
+        path = folder / f"{number}.key"
+        key = open_identity(path)
+        known = [str(address) for dht, _ in nodes for address in dht.get_visible_maddrs()]
+        nodes.append((start_dht(identity_path=path, host_maddrs=["/ip4/127.0.0.1/tcp/0"], initial_peers=known,
+                                record_validators=record_validators(RUN, key)), path))
+    yield nodes
+    for dht, _ in reversed(nodes):
+        dht.shutdown()
+
+
+def told(dht: DHT, name: str) -> PeerRecord | None:
+    return next((record for record in read_records(dht, RUN) if record.name == name), None)
+
+
+def test_a_new_epoch_is_told_at_once_and_samples_when_it_is_time(nodes: list[tuple[DHT, Path]]) -> None:
+    bulletin = board(*nodes[0], "ada")
+    try:
+        until(lambda: told(nodes[1][0], "ada") is not None, "the first word")
+        bulletin.update(samples_accumulated=5)
+        bulletin.update(epoch=1)
+        until(lambda: (record := told(nodes[1][0], "ada")) is not None and record.epoch == 1, "the new epoch")
+        record = told(nodes[1][0], "ada")
+        assert record is not None
+        assert record.samples_accumulated == 5
+        bulletin.update(samples_accumulated=9)  # not worth a word for the next 30 seconds
+        assert bulletin.record.samples_accumulated == 9
+        bulletin.update(state="leaving")
+        until(lambda: (record := told(nodes[1][0], "ada")) is not None and record.state == "leaving", "the goodbye")
+    finally:
+        bulletin.close()
+
+
+def test_others_are_read_soon_when_that_is_asked_for_and_the_own_record_is_the_newest(
+        nodes: list[tuple[DHT, Path]]) -> None:
+    first, second = (board(*node, name) for node, name in zip(nodes, ("ada", "grace"), strict=True))
+    try:
+        until(lambda: told(nodes[0][0], "grace") is not None, "grace's word")
+
+        def known() -> bool:
+            first.hasten()
+            return {record.name for record in first.records()} == {"ada", "grace"}
+        until(known, "both are known")
+        first.update(samples_accumulated=3)
+        assert [record.samples_accumulated for record in first.records() if record.name == "ada"] == [3]
+    finally:
+        first.close()
+        second.close()
+
+
+def test_a_board_that_is_closed_has_told_its_last_word(nodes: list[tuple[DHT, Path]]) -> None:
+    bulletin = board(*nodes[1], "grace")
+    bulletin.update(samples_total=1234)
+    bulletin.close()
+    until(lambda: (record := told(nodes[0][0], "grace")) is not None and record.samples_total == 1234, "the last word")
+
+
+def test_a_lost_dht_stops_neither_updates_nor_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "lone.key"
+    dht = start_dht(identity_path=path, host_maddrs=["/ip4/127.0.0.1/tcp/0"],
+                    record_validators=record_validators(RUN, open_identity(path)))
+    bulletin = board(dht, path, "lone")
+    dht.kill()
+    dht.join()
+    bulletin.update(epoch=1)
+    bulletin.hasten()
+    began = monotonic()
+    bulletin.close()
+    assert monotonic() - began < 5
+    assert bulletin.record.epoch == 1
+    dht.shutdown()
