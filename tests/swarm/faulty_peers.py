@@ -305,7 +305,7 @@ class Peer:
         """Kill what there is of it."""
         self.signal(signal.SIGKILL)
         self.process.join(10)
-        until(lambda: not self.processes(), f"nothing of peer {self.place.number} runs", 5)
+        until(lambda: not self.processes(), f"nothing of peer {self.place.number} runs", 15)
         remove_libp2p_sockets(self.place.identity)
 
 
@@ -395,6 +395,8 @@ class Herd:
 
     def close(self) -> None:
         """Nothing of it runs afterwards."""
+        for peer in self._all:
+            peer.signal(signal.SIGKILL)
         for peer in reversed(self._all):
             peer.end()
 

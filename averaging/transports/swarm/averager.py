@@ -275,8 +275,10 @@ class Averager:
             await self._call(receiver, self._wire.dump(message), self._setup.config.request_timeout)
 
     def _coming_seconds(self) -> float | None:
-        """Until the trainer's micro-batch is done, as far as that can be told."""
+        """Until the trainer's micro-batch is done, or the round that it waits for, as far as that can be told."""
         left, step = self._board.expected - monotonic(), self._board.step_seconds
+        if not all(session.has_ended for session in self._sessions.values()):
+            return self._setup.config.request_timeout + step  # others may have heard of its end before this peer
         return None if left < -LATE_STEPS * step else max(left, step / 4)
 
     def _refuse(self, peer: str, reason: str) -> None:
