@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from time import monotonic
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from intruder import logged
 from memory_peers import at_once
+from safetensors.torch import save
 from swarm_peers import FAST, Join, Peer, acquainted, enter, meet, swarm, together
 from test_swarm_transport import ahead, state_of
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from averaging.transports.swarm.frames import ALIVE, DATA, MOST_ALIVE, Stream
 from averaging.transports.swarm.session import Session
 from averaging.transports.swarm.state import REPLY
 from averaging.transports.swarm.wire import MOST_VALUES, Wire
+from proto.round_pb2 import StateReply
 from training.data.config import Synthetic
 from training.data.synthetic import generate
 from training.data.views import normalise
@@ -297,9 +300,24 @@ def test_a_helper_outlives_a_leader_that_lies_about_what_there_is(village: Villa
         assert outcome.reason
 
 
-def test_donors_that_answer_with_garbage_are_passed_over(village: Village) -> None:
+def sound_reply(state: bytes) -> bytes:
+    """What a donor sends with `state`, whatever that is, where all may join."""
+    reply = StateReply(epoch=6, length=len(state), sha256=sha256(state).digest()).SerializeToString()
+    return REPLY + len(reply).to_bytes(4) + reply + state
+
+
+def of_a_dtype_that_torch_does_not_know() -> bytes:
+    """Safetensors knows it, so it is a good file."""
+    header = b'{"weight":{"dtype":"F4","shape":[8],"data_offsets":[0,4]}}'
+    return len(header).to_bytes(8, "little") + header + bytes(4)
+
+
+def test_donors_that_answer_with_garbage_are_passed_over(village: Village, caplog: pytest.LogCaptureFixture) -> None:
     join, (asker, donor) = village
-    answers = iter([REPLY + (10).to_bytes(4) + b"\xff" * 10, REPLY + b"\xff" * 4, b"\x07" * 10, b""])
+    garbage = [REPLY + (10).to_bytes(4) + b"\xff" * 10, REPLY + b"\xff" * 4, b"\x07" * 10, b"",
+               sound_reply(b"no safetensors"), sound_reply(of_a_dtype_that_torch_does_not_know()),
+               sound_reply(save(state_of(1) | {"weight": torch.zeros(3)})), sound_reply(save({}))]
+    answers = iter(garbage)
 
     async def hostile_give(self: Averager, peer: str, reader: asyncio.StreamReader,
                            writer: asyncio.StreamWriter) -> None:
@@ -314,7 +332,8 @@ def test_donors_that_answer_with_garbage_are_passed_over(village: Village) -> No
     enter([asker], 0)
     ahead(donor, asker, epoch=5)
     ahead(hostile, asker, epoch=6)
-    for _ in range(4):
+    for _ in garbage:
         found = asker.swarm.fetch_state()
         assert found is not None
         assert found[0] == 5
+    assert caplog.text.count("is no state of this experiment") == 4  # those that came in good order

@@ -410,9 +410,9 @@ class Averager:
                     except (*UNREACHED, Refused) as error:
                         problems.append(f"{donor}: {error or type(error).__name__}")
                     else:
-                        self._tell(Fetched(epoch, length, ""))
+                        self._tell(Fetched(donor, epoch, length, ""))
                         return
-        self._tell(Fetched(0, 0, "; ".join(problems[:3]) or "no donor answered in time"))
+        self._tell(Fetched("", 0, 0, "; ".join(problems[:3]) or "no donor answered in time"))
 
 
 class _Raw:

@@ -105,6 +105,7 @@ class Fetch:
 class Fetched:
     """The download's end; `length` 0: nobody sent a state in time."""
 
+    donor: str
     epoch: int
     length: int
     problem: str

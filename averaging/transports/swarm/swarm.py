@@ -58,8 +58,7 @@ from averaging.transports.transport import Outcome, Standing
 START_SECONDS = 15.0
 LEAVE_SECONDS = 0.5    # that the averager has for taking leave
 SPARE_SECONDS = 5.0    # beyond its own deadlines that the averager may take to answer: longer, and it hangs
-STATE_GROWTH = 4       # a state may be this much longer than this peer's own: of optimiser statistics to come
-STATE_HEADER = 1 << 20
+STATE_HEADER = 1 << 20  # bytes at most of names and shapes in a state that travels
 SPARE_MEMORIES = 4     # kept for the next meetings, of all sizes together
 SMOOTHING = 0.3        # share of the newest micro-batch in the mean duration
 Result = TypeVar("Result")
@@ -158,7 +157,7 @@ class Swarm:
         self._fetched: SimpleQueue[Fetched | None] = SimpleQueue()
         self._wanted: SimpleQueue[bool] = SimpleQueue()
         self._read: Callable[[], Mapping[str, Tensor]] | None = None
-        self._state_bytes = 0
+        self._state_bytes, self._outline = 0, dict[str, tuple[torch.dtype, torch.Size]]()
         self._is_lost, self._is_closing = False, False
         self._ready: Future[None] = Future()
         self._start(Setup(
@@ -259,7 +258,8 @@ class Swarm:
         `read` is called from another thread, and once here for the size. Whoever changes the state must `report` the
         new epoch under the same lock that `read` takes, or a download may go by the wrong epoch.
         """
-        self._state_bytes = sum(tensor.nbytes for tensor in read().values())
+        state = read()
+        self._state_bytes, self._outline = sum(tensor.nbytes for tensor in state.values()), _outline(state)
         self._read = read
 
     def fetch_state(self) -> tuple[int, dict[str, Tensor]] | None:
@@ -268,24 +268,26 @@ class Swarm:
         if not asked:
             self._bulletin.hasten()
             return None
-        limit = STATE_GROWTH * self._state_bytes + STATE_HEADER
+        limit, deadline = self._state_bytes + STATE_HEADER, monotonic() + self._config.load_state_timeout
         memory, view = self._share(limit)
-        self._send(Fetch(asked, memory, limit, self._epoch, self._config.load_state_timeout))
         try:
-            fetched = self._wait_for_state()
-            if not fetched.length:
-                log.warning("no state was downloaded: %s", fetched.problem)
-                return None
-            return fetched.epoch, safetensors.torch.load(view[:fetched.length])
-        except SafetensorError as error:
-            log.warning("the state that was downloaded is none: %s", error)
+            while asked and (seconds := deadline - monotonic()) > 0:
+                self._send(Fetch(asked, memory, limit, self._epoch, seconds))
+                fetched = self._wait_for_state(seconds)
+                if not fetched.length:
+                    log.warning("no state was downloaded: %s", fetched.problem)
+                    return None
+                if (state := _state_in(view[:fetched.length])) is not None and _outline(state) == self._outline:
+                    return fetched.epoch, state
+                log.warning("what %s sent is no state of this experiment", fetched.donor)
+                asked = asked[asked.index(fetched.donor) + 1:]
             return None
         finally:
             with suppress(AveragerLost):
                 self._send(Drop(memory))
 
-    def _wait_for_state(self) -> Fetched:
-        patience = self._config.load_state_timeout + SPARE_SECONDS
+    def _wait_for_state(self, seconds: float) -> Fetched:
+        patience = seconds + SPARE_SECONDS
         try:
             fetched = _awake(lambda seconds: self._fetched.get(timeout=seconds), patience)
         except Empty:
@@ -411,6 +413,18 @@ def _consistent(read: Callable[[], Mapping[str, Tensor]], epoch: Callable[[], in
         before, state = epoch(), read()
         if epoch() == before:
             return before, state
+
+
+def _state_in(data: bytes) -> dict[str, Tensor] | None:
+    """The tensors in a safetensors file; None where it is none, or has dtypes that PyTorch does not know (KeyError)."""
+    try:
+        return safetensors.torch.load(data)
+    except (SafetensorError, KeyError):
+        return None
+
+
+def _outline(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in state.items()}
 
 
 def _values(tensors: Sequence[Tensor]) -> int:
