@@ -81,6 +81,7 @@ class RoundOutcome:
     group_id: bytes = b""            # of the group that committed
     members: tuple[Member, ...] = ()  # of it, sorted by peer id
     with_state: bool = False
+    silent: tuple[str, ...] = ()     # members that committed, if they live, but did not answer at the end
     reason: str = ""                 # why not committed, for people
 
 
@@ -147,8 +148,9 @@ class Round:
         self._view = {me.peer_id, *group}      # who may be in this attempt's group
         self._excluded: set[str] = set()       # from this attempt and later ones
         self._followers: set[str] = set()      # who said that they follow another in this attempt
-        self._leader = ""
+        self._leader, self._leader_lives = "", False  # it lives: it has answered
         self._joined: dict[str, Member] = {}   # to this peer, itself included once it leads
+        self._has_joined: set[str] = set()     # whom this peer joined, in this attempt
         self._expected: dict[str, float] = {}  # by the leader, who has not joined yet: until when
         self._group: Group | None = None
         self._met: tuple[str, ...] = ()        # the members of the group that committed
@@ -323,7 +325,7 @@ class Round:
 
     def _enter(self, attempt: int, view: set[str]) -> None:
         self.attempt, self._view, self._began = attempt, view, self._now
-        self._followers, self._joined, self._lost = set(), {}, set()
+        self._followers, self._joined, self._has_joined, self._lost = set(), {}, set(), set()
         self._serial = self._moves = 0
         self._has_called = False
         self._is_reading = True
@@ -356,9 +358,10 @@ class Round:
     def _follow(self, leader: str) -> None:
         for peer in self._joined.keys() - {self._me.peer_id, leader}:
             self._say(peer, Elsewhere, leader=leader)
-        self.stage, self._leader, self._expected = Stage.FOLLOWING, leader, {}
+        self.stage, self._leader, self._leader_lives, self._expected = Stage.FOLLOWING, leader, False, {}
         self._joined.pop(self._me.peer_id, None)
         self._joined.pop(leader, None)
+        self._has_joined.add(leader)
         self._until = min(self._now + self._timing.join_seconds, self._latest_group)
         self._probe = self._now + self._timing.answer_seconds / PROBES
         self._say(leader, Join, member=self._me)
@@ -480,7 +483,7 @@ class Round:
         """`sender` leads."""
         self._lost.discard(sender)
         if sender == self._leader:
-            self._until = self._latest_group
+            self._leader_lives, self._until = True, self._latest_group
             if not self._is_reading:  # what it called before it was joined
                 self._say(sender, Join, member=self._me)
         elif not self._has_room_for(sender):
@@ -498,7 +501,7 @@ class Round:
         if sender in self._expected:
             self._expected[sender] = min(until, self._until)
         elif sender == self._leader:
-            self._until = min(until, self._latest_group)
+            self._leader_lives, self._until = True, min(until, self._latest_group)
             if not self._has_called:  # it is not here to call the others
                 self._has_called = True
                 for peer in sorted(self._view - {self._me.peer_id, sender}):
@@ -508,7 +511,11 @@ class Round:
         if self.stage is Stage.GATHERING:
             if self._may_follow(leader) and self._rank(leader) < self._rank(self._me.peer_id):
                 self._move_to(leader)
-        elif sender == self._leader and leader not in self._lost:
+            elif leader in self._lost and sender in self._expected:  # it will find that out too, and come
+                self._expected[sender] = min(self._now + self._timing.join_seconds, self._until)
+        elif sender == self._leader and leader in self._lost:  # it will find that out too, and then lead
+            self._until = min(self._now + self._timing.join_seconds, self._latest_group)
+        elif sender == self._leader:
             self._joined.pop(sender, None)
             self._followers.add(sender)
             if self._may_follow(leader):
@@ -570,9 +577,10 @@ class Round:
         leader = next((member for member in message.members if member.peer_id == sender), None)
         name = name_group(self.round, self.attempt, message.serial, sender, message.members)
         faults = {
-            f"this peer is {self.stage.name.lower()}":
-                self.stage not in (Stage.FOLLOWING, Stage.AVERAGING, Stage.VOTED, Stage.FAILED),
-            "this peer follows another leader": message.attempt != self.attempt or sender != self._leader,
+            f"this peer is {self.stage.name.lower()}": not self._is_free and (
+                self.stage not in (Stage.FOLLOWING, Stage.AVERAGING, Stage.VOTED, Stage.FAILED)),
+            "this peer follows another leader": message.attempt != self.attempt or (
+                sender != self._leader and not (sender in self._has_joined and self._is_free)),
             "it comes too late, or too often": self._now > self._latest_group + self._timing.answer_seconds
             or message.serial > self._capacity,
             "the group's name is not its own": message.group_id != name,
@@ -587,8 +595,14 @@ class Round:
         }
         return next((reason for reason, is_so in faults.items() if is_so), "")
 
+    @property
+    def _is_free(self) -> bool:
+        """To enter another's group: its leader has not answered, or nobody has come to it."""
+        return (self.stage is Stage.FOLLOWING and not self._leader_lives) or (
+            self.stage is Stage.GATHERING and self._joined.keys() == {self._me.peer_id})
+
     def _begin(self, group: Group) -> None:
-        self.stage, self._group, self._is_running = Stage.AVERAGING, group, True
+        self.stage, self._group, self._leader, self._is_running = Stage.AVERAGING, group, group.leader, True
         self._votes, self._answers, self._expected = {}, {}, {}
         self._until, self._probe = self._now + self._timing.average_seconds, inf
         self._actions.append(Average(group.group_id, group.members, with_state(group.members), self.attempt))
@@ -702,6 +716,7 @@ class Round:
 
     def _hear_answer(self, sender: str, status: Status, excluded: Sequence[str]) -> None:
         if status == "committed" and self.stage in (Stage.VOTED, Stage.ANNOUNCED, Stage.RESOLVING):
+            self._answers[sender] = status
             self._commit()
         elif status == "aborted" and self._leads:
             if self.stage is not Stage.FAILED:
@@ -732,7 +747,7 @@ class Round:
         end = self._ended.get(group_id)
         match message:
             case Tell(group_id=b"") if sender == self._leader and self.stage is Stage.FOLLOWING:
-                self._until = self._latest_group
+                self._leader_lives, self._until = True, self._latest_group
             case Ask() | Complete() if self._group and self._leads and sender in self._others and end:
                 self._say(sender, Propose, group_id=self._group.group_id, serial=self._group.serial,
                           members=self._group.members)  # the successor, which that peer has not heard of
@@ -778,10 +793,13 @@ class Round:
             self._enter(self.attempt + 1, set(ids) - self._excluded)
 
     def _commit(self) -> None:
-        group = self._current
+        group, answers = self._current, self._answers
+        if self.stage is Stage.RESOLVING:  # nobody would ask, had the leader not been lost to somebody
+            answers = {group.leader: "unknown", **answers}
+        silent = tuple(sorted(peer for peer, status in answers.items() if status == "unknown"))
         self._close_group("committed")
         self._met = group.ids
-        self._finish(RoundOutcome(True, group.group_id, group.members, with_state(group.members)))
+        self._finish(RoundOutcome(True, group.group_id, group.members, with_state(group.members), silent))
 
     def _end(self, reason: str) -> None:
         if self.stage is Stage.GATHERING:

@@ -24,6 +24,7 @@ class Outcome:
     averaged: bool
     members: tuple[str, ...] = ()    # whose mean it is, this peer included, sorted; empty unless averaged
     with_state: bool = False         # the state was averaged too
+    silent: tuple[str, ...] = ()     # of the members, those that were not heard of any more at the end
     reason: str = ""                 # why not averaged, for people
     seconds: float = 0.0             # from `meet` to the end
     matchmaking_seconds: float = 0.0  # of these, until the group began to average

@@ -80,6 +80,45 @@ def test_others_are_read_soon_when_that_is_asked_for_and_the_own_record_is_the_n
         second.close()
 
 
+def test_who_did_not_come_to_a_round_is_passed_over_until_it_writes_again(nodes: list[tuple[DHT, Path]]) -> None:
+    first, second = (board(*node, name) for node, name in zip(nodes, ("ada", "grace"), strict=True))
+
+    def grace() -> PeerRecord | None:
+        first.hasten()
+        return next((record for record in first.present() if record.name == "grace"), None)
+    try:
+        until(lambda: grace() is not None, "grace is known")
+        until(lambda: told(nodes[0][0], "grace") == grace(), "her newest record is read")
+        first.saw(0, [first.record.peer_id, second.record.peer_id], [first.record.peer_id])
+        assert grace() is None
+        assert "grace" in {record.name for record in first.records()}
+        second.update(state="leaving")
+        until(lambda: (record := grace()) is not None and record.state == "leaving", "she has written again")
+    finally:
+        first.close()
+        second.close()
+
+
+def test_who_held_a_round_is_in_the_next_epoch_though_its_record_lags(nodes: list[tuple[DHT, Path]]) -> None:
+    first, second = (board(*node, name) for node, name in zip(nodes, ("ada", "grace"), strict=True))
+
+    def grace() -> PeerRecord | None:
+        first.hasten()
+        return next((record for record in first.records() if record.name == "grace"), None)
+    try:
+        until(lambda: (record := grace()) is not None and record.epoch == 0 and record.state == "training", "grace")
+        second.update(samples_accumulated=7, sketch=b"old")
+        first.saw(0, *[[first.record.peer_id, second.record.peer_id]] * 2)
+        record = grace()
+        assert record is not None
+        assert (record.epoch, record.samples_accumulated, record.sketch) == (1, 0, b"")
+        second.update(epoch=3)
+        until(lambda: (record := grace()) is not None and record.epoch == 3, "what she writes herself counts more")
+    finally:
+        first.close()
+        second.close()
+
+
 def test_a_board_that_is_closed_has_told_its_last_word(nodes: list[tuple[DHT, Path]]) -> None:
     bulletin = board(*nodes[1], "grace")
     bulletin.update(samples_total=1234)

@@ -154,6 +154,23 @@ def test_whoever_does_not_come_at_all_is_dropped_when_its_answer_is_due(epoch: i
     assert seconds_to_end(stopped, gone) < 1.4
 
 
+@pytest.mark.parametrize("gap", [0.3, 0.95, 1.1, 1.9])
+@pytest.mark.parametrize("early", [1, 2])
+@pytest.mark.parametrize("all_know", [False, True])
+def test_all_who_live_meet_though_a_leader_is_silent_and_only_some_have_found_that_out(
+        all_know: bool, early: int, gap: float) -> None:
+    """Some come `gap` seconds before the others; they expect the silent one, the others may not."""
+    everybody = swarm(4)
+    silent, *live = ids = [member.peer_id for member in everybody]
+    for epoch in range(24):
+        network = FakeNetwork(
+            everybody, epoch=epoch, arrivals={silent: 50.0, **dict.fromkeys(live[early:], gap)},
+            views={**dict.fromkeys(live[:early], ids), **dict.fromkeys(live[early:], ids if all_know else live)})
+        network.pause(silent, 60.0)
+        assert committed(sound_but_for(silent, network.run(40.0))) == [tuple(live)], epoch
+        assert seconds_to_end(network, silent) < gap + 1.2
+
+
 def sound_but_for(peer_id: str, network: FakeNetwork) -> FakeNetwork:
     network.peers[peer_id].crashed = True  # it won't go on: out of the reckoning
     return sound(network)
@@ -303,6 +320,26 @@ def test_only_the_leader_that_was_joined_may_propose() -> None:
     assert kinds(machine.received(other, forged, 0.1)) == ["Refuse"]
     assert kinds(machine.received(leader, proposal(), 0.2)) == ["Average"]
     assert kinds(machine.received(other, forged, 0.3)) == ["Refuse"]  # a member can't be in two groups
+
+
+def test_who_was_joined_before_may_propose_as_long_as_the_leader_is_silent() -> None:
+    first, second, third = by_rank(["a", "b", "c"])
+
+    def sent_on(*words: Message) -> tuple[Round, Propose]:
+        """It joined the second, was sent on to the first, hears this from there, and then the second proposes."""
+        machine = Round(member(third), ROUND, [second, third], TIMING, 0.0, capacity=4)
+        machine.start(0.0)
+        assert kinds(machine.received(second, Elsewhere(ROUND, 0, first), 0.01)) == ["Join"]
+        for word in words:
+            machine.received(first, word, 0.02)
+        members = tuple(sorted((member(second), member(third)), key=lambda member: member.peer_id))
+        return machine, Propose(ROUND, 0, name_group(ROUND, 0, 1, second, members), 1, members)
+
+    machine, proposal = sent_on()
+    assert kinds(machine.received(second, proposal, 0.1)) == ["Average"]
+    for word in (Call(ROUND, 0, first), Coming(ROUND, 0, 3.0), Tell(ROUND, 0, b"", "undecided", ())):
+        machine, proposal = sent_on(word)
+        assert kinds(machine.received(second, proposal, 0.1)) == ["Refuse"]
 
 
 def test_successor_stops_its_predecessor_and_not_the_other_way_round() -> None:
@@ -483,6 +520,24 @@ def test_leader_stopped_between_votes_and_decision_agrees_with_the_others_when_i
     assert seconds_to_end(network, leader) < 1.5
     if seconds > 2:
         assert committed(network) == [survivors]  # they could not know: aborted, and averaged without it
+
+
+def test_who_commits_on_anothers_word_tells_that_the_leader_is_silent() -> None:
+    """It had told one member, and stopped."""
+    leader, told, *others = by_rank(["p0", "p1", "p2", "p3"])
+
+    def fate(_: int, sender: str, receiver: str, message: Message) -> Fate:
+        return Fate(lost=sender == leader and isinstance(message, Decide) and receiver != told)
+
+    def at_step(network: FakeNetwork, _: int, peer: str) -> None:
+        if peer == told and network.peers[told].machine.outcome:
+            network.pause(leader, 30.0)
+
+    network = sound(FakeNetwork(swarm(4), fate=fate, at_step=at_step).run())
+    outcomes = {peer: network.peers[peer].machine.outcome for peer in (told, *others)}
+    assert all(outcome and outcome.committed and len(outcome.members) == 4 for outcome in outcomes.values())
+    assert {peer: outcome.silent for peer, outcome in outcomes.items() if outcome} == {
+        told: (), **dict.fromkeys(others, (leader,))}
 
 
 def test_leader_that_has_been_given_up_hears_so_instead_of_an_echo() -> None:

@@ -130,8 +130,8 @@ class Session:
         why = ": ".join(filter(None, (outcome.reason, self._problem)))
         self._end(Outcome(
             outcome.committed, members=tuple(member.peer_id for member in outcome.members),
-            with_state=outcome.with_state, reason="" if outcome.committed else why, bytes_sent=self._bytes_sent,
-            bytes_received=self._bytes_received, refused=dict(self._refused),
+            with_state=outcome.with_state, silent=outcome.silent, reason="" if outcome.committed else why,
+            bytes_sent=self._bytes_sent, bytes_received=self._bytes_received, refused=dict(self._refused),
             matchmaking_seconds=(self._met or monotonic()) - self._began))
 
     def _end(self, outcome: Outcome) -> None:

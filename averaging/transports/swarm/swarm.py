@@ -12,7 +12,7 @@ import hashlib
 import logging
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -82,7 +82,7 @@ class SwarmMeeting:
     """One meeting, while the averager sees to it."""
 
     def __init__(self, tensors: Sequence[Tensor], state: Sequence[Tensor], memory: _Memory | None, *, patience: float,
-                 met: Callable[[Sequence[str]], None], cancel: Callable[[], None],
+                 met: Callable[[Collection[str]], None], cancel: Callable[[], None],
                  release: Callable[[bool], None]) -> None:
         self._tensors, self._state, self._memory = tensors, state, memory
         self._started, self._patience = monotonic(), patience
@@ -120,7 +120,7 @@ class SwarmMeeting:
         """The averager says so."""
         if not self._ended.done():
             if outcome.averaged:
-                self._met(outcome.members)
+                self._met(set(outcome.members) - set(outcome.silent))
             self._ended.set_result(replace(outcome, seconds=monotonic() - self._started))
 
     def fail(self, error: AveragerLost) -> None:
