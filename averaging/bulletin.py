@@ -62,6 +62,11 @@ class Bulletin:
         self._seen |= dict.fromkeys(members, (epoch + 1, get_dht_time()))
         self._missed |= {peer: told[peer] for peer in {*group} - {*members} if peer in told}
 
+    def _was_met(self, peer: str) -> bool:
+        """A moment ago: then it is there, though the nodes that this one can ask just now do not have its record."""
+        _, since = self._seen.get(peer, (0, 0.0))
+        return bool(get_dht_time() - since < self._config.report_progress_expiration)
+
     def _as_seen(self, record: PeerRecord) -> PeerRecord:
         epoch, since = self._seen.get(record.peer_id, (0, 0.0))
         if record.epoch < epoch and record.time < since:
@@ -139,8 +144,10 @@ class Bulletin:
         except TimeoutError:
             log.warning("the DHT did not answer in time; what the swarm did last stands")
         else:
-            self._others = tuple(record for record in found if record.peer_id != self._record.peer_id)
             there = {record.peer_id for record in found}
+            met = (record for record in self._others if record.peer_id not in there and self._was_met(record.peer_id))
+            self._others = (*(record for record in found if record.peer_id != self._record.peer_id), *met)
+            there = {record.peer_id for record in self._others}
             self._seen = {peer: seen for peer, seen in self._seen.items() if peer in there}
             self._missed = {peer: told for peer, told in self._missed.items() if peer in there}
         self._read = monotonic()

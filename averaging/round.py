@@ -3,7 +3,8 @@
 Finding each other. Who leads is the first in the order of a hash, among those that a member knows of. All others Join;
 when all whom the leader expects are there, or given up, it Proposes the group, and everybody begins to average: two
 message delays. What members know of the swarm may differ: a leader takes in whoever joins while there is room, calls
-whoever has not joined, and gives way to a leader before it in the order that it hears of.
+whoever has not joined, and gives way to a leader before it in the order that it hears of. While
+its leader has not answered, a member may enter the group of another whom it has joined: that leader may be lost.
 
 All or nothing. Votes (Complete) go to the leader; if all are yes it tells everybody to commit, and commits itself once
 one other has, which it hears by an echo. So no member commits unless every average was complete, and while the leader
@@ -57,12 +58,6 @@ from averaging.messages import (
     Tell,
     Timing,
 )
-
-__all__ = [
-    "Action", "Ask", "Average", "Call", "Coming", "Complete", "Decide", "Elsewhere", "Group", "GroupMessage",
-    "Join", "Late", "Member", "Message", "Propose", "Refuse", "Round", "RoundId", "RoundOutcome", "Send", "Stage",
-    "Status", "StopAveraging", "Tell", "Timing", "name_group", "reply_of_the_absent", "with_state",
-]
 
 PROBES = 4         # signs of life that are asked for in answer_seconds
 FIRST_CALL = 1 / 50  # of answer_seconds: before it most have joined of themselves

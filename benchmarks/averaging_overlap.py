@@ -9,6 +9,7 @@ import averaging.fork  # noqa: F401
 
 # isort: split
 import argparse
+from dataclasses import replace
 from datetime import date
 
 from rich.console import Console
@@ -20,22 +21,23 @@ from benchmarks.averaging_tables import print_table, spread, verdict, wide_conso
 
 TURNS = 1
 GOAL = 0.95
-SMALL = {"micro_batch_seconds": 0.1, "micro_batches": 8}
-LARGE = {"values": VALUES, "tensors": TENSORS, "micro_batch_seconds": 1.0, "micro_batches": 4}
-CASES = [("0.26 M values, 8 micro-batches of 0.1 s", 4, SMALL, 8),
-         ("25.56 M values, 4 micro-batches of 1 s", 2, LARGE, 3)]
+CASES = [  # name, swarm, epochs
+    ("0.26 M values, 8 micro-batches of 0.1 s", Case("collaborative", 4), 8),
+    ("25.56 M values, 4 micro-batches of 1 s",
+     Case("collaborative", 2, values=VALUES, tensors=TENSORS, micro_batch_seconds=1.0, micro_batches=4), 3),
+]
 
 
 def compare(console: Console, turns: int = TURNS) -> None:
     """Measures, and prints a table."""
     rows = []
-    for name, peers, size, epochs in CASES:
+    for name, swarm, epochs in CASES:
         for side, overlap in (("collaborative", False), ("collaborative", True), (STOCK, True)):
-            case = Case(side, peers, options={"overlap": overlap}, **size)  # type: ignore[arg-type]
+            case = replace(swarm, side=side, options={"overlap": overlap})
             found = [run(case, epochs) for _ in range(turns)]
             shares = [1 - seen.waiting_share() for seen in found]
             is_goal = overlap and side != STOCK
-            rows.append([name, str(peers), side, "on" if overlap else "off",
+            rows.append([name, str(swarm.peers), side, "on" if overlap else "off",
                          verdict(shares, GOAL, at_most=False, form=".3f") if is_goal else spread(shares),
                          spread([end.seconds for seen in found for end in seen.rounds()]), _failed(found)])
     print_table(console, f"covey overlap, {date.today()}: utilisation, that is the share of the time spent computing, "

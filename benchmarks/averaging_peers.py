@@ -97,10 +97,12 @@ def _begin(parent: int, place: Place, live: Callable[..., None], arguments: Sequ
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what fails is counted
     try:
         live(place, *arguments)
+        status = 0
     except BaseException:
         traceback.print_exc()
+        status = 1
     sys.stderr.flush()
-    os._exit(0)  # hivemind's threads would be waited for
+    os._exit(status)  # hivemind's threads would be waited for
 
 
 def _end(child: Child) -> None:

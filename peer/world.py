@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # public, but not in its __all__
 from torch.distributed.rendezvous import rendezvous
 
 from averaging.process import die_with_parent

@@ -6,20 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from averaging.round import (
-    Action,
-    Ask,
-    Average,
-    Member,
-    Message,
-    Round,
-    RoundId,
-    Send,
-    StopAveraging,
-    Tell,
-    Timing,
-    reply_of_the_absent,
-)
+from averaging.messages import Action, Ask, Average, Member, Message, RoundId, Send, StopAveraging, Tell, Timing
+from averaging.round import Round, reply_of_the_absent
 
 TIMING = Timing(join_seconds=1.0, longest_join_seconds=5.0, answer_seconds=1.0, average_seconds=10.0,
                 resolve_seconds=1.0)

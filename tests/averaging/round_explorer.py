@@ -4,20 +4,8 @@ import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from averaging.round import (
-    Action,
-    Ask,
-    Average,
-    Member,
-    Message,
-    Round,
-    RoundId,
-    Send,
-    Stage,
-    StopAveraging,
-    Tell,
-    Timing,
-)
+from averaging.messages import Action, Ask, Average, Member, Message, RoundId, Send, StopAveraging, Tell, Timing
+from averaging.round import Round, Stage
 
 TIMING = Timing(join_seconds=1.0, longest_join_seconds=5.0, answer_seconds=1.0, average_seconds=10.0,
                 resolve_seconds=1.0)

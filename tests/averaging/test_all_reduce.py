@@ -20,10 +20,9 @@ from hivemind.p2p import P2P, PeerID
 from torch import Tensor
 
 from averaging.compression import CODECS, error_bound
-from averaging.messages import Layout
+from averaging.messages import Layout, Member
 from averaging.process import die_with_parent
 from averaging.robust import centered_clip
-from averaging.round import Member
 from averaging.transports.swarm.all_reduce import STREAMS, AllReduce, Result
 from averaging.transports.swarm.frames import ALIVE, DATA, LONGEST_TOKEN, STOP, Header, read_header
 from averaging.transports.swarm.reduction import lay_out

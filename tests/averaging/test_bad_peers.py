@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from averaging.config import Averaging
-from averaging.messages import NOTHING, Layout, Member, Propose, RoundId
-from averaging.round import Average, Group, Round, name_group
+from averaging.messages import NOTHING, Average, Layout, Member, Propose, RoundId
+from averaging.round import Group, Round, name_group
 from averaging.strategies.open import open_strategy
 from averaging.transports.memory import MemorySwarm
 from averaging.transports.swarm.all_reduce import AllReduce, Result

@@ -119,6 +119,32 @@ def test_who_held_a_round_is_in_the_next_epoch_though_its_record_lags(nodes: lis
         second.close()
 
 
+def test_who_held_a_round_is_there_though_the_dht_can_not_be_asked_for_its_record(
+        nodes: list[tuple[DHT, Path]], monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (board(*node, name) for node, name in zip(nodes, ("ada", "grace"), strict=True))
+
+    def names() -> set[str]:
+        first.hasten()
+        return {record.name for record in first.records()}
+
+    def readings() -> int:
+        first.hasten()
+        return len(read)
+    try:
+        until(lambda: names() == {"ada", "grace"}, "grace is known")
+        first.saw(0, *[[first.record.peer_id, second.record.peer_id]] * 2)
+        read = list[int]()
+        monkeypatch.setattr("averaging.bulletin.read_records", lambda *_: read.append(1) or [])
+        until(lambda: readings() > 2, "a few readings that find nothing")
+        assert names() == {"ada", "grace"}
+        moment = get_dht_time() + SLOW.report_progress_expiration
+        monkeypatch.setattr("averaging.bulletin.get_dht_time", lambda: moment)
+        until(lambda: names() == {"ada"}, "what is not told for so long has expired")
+    finally:
+        first.close()
+        second.close()
+
+
 def test_a_board_that_is_closed_has_told_its_last_word(nodes: list[tuple[DHT, Path]]) -> None:
     bulletin = board(*nodes[1], "grace")
     bulletin.update(samples_total=1234)

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from round_explorer import World, start, successors
 
-from averaging.messages import NOTHING, Layout
-from averaging.round import (
+from averaging.messages import (
+    NOTHING,
     Action,
     Ask,
     Average,
@@ -27,17 +27,16 @@ from averaging.round import (
     Elsewhere,
     Join,
     Late,
+    Layout,
     Member,
     Message,
     Propose,
     Refuse,
-    Round,
     RoundId,
     Send,
     Tell,
-    name_group,
-    reply_of_the_absent,
 )
+from averaging.round import Round, name_group, reply_of_the_absent
 
 ROUND = RoundId("gradients", 0)
 

@@ -35,6 +35,7 @@ from torch import Tensor
 from averaging import messages
 from averaging.messages import (
     Ask,
+    Average,
     Call,
     Coming,
     Complete,
@@ -48,7 +49,7 @@ from averaging.messages import (
     Tell,
 )
 from averaging.progress import read_records
-from averaging.round import Average, name_group
+from averaging.round import name_group
 from averaging.transports.swarm import frames
 from averaging.transports.swarm.all_reduce import STREAMS, Result
 from averaging.transports.swarm.averager import STREAMS_OF_ONE, Averager

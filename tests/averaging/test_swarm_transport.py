@@ -20,7 +20,7 @@ from swarm_peers import FAST, Join, Peer, acquainted, enter, meet, swarm, togeth
 from torch import Tensor
 
 from averaging.authorisation import OpenSwarm
-from averaging.round import Average, Message
+from averaging.messages import Average, Message
 from averaging.transports.swarm.all_reduce import AllReduce
 from averaging.transports.swarm.averager import Averager
 from averaging.transports.swarm.session import Session

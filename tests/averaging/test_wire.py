@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from averaging import round as rounds
 from averaging.authorisation import OpenSwarm, peer_id_of
-from averaging.messages import NOTHING, Layout
-from averaging.round import Member, Message, RoundId
+from averaging.messages import NOTHING, Layout, Member, Message, RoundId
 from averaging.transports.swarm.early import PER_SENDER, SENDERS, Early
 from averaging.transports.swarm.wire import LONGEST_MESSAGE, TYPES, Refused, Wire
 from proto.round_pb2 import Envelope, SignedStatement, Statement

@@ -17,6 +17,7 @@ STATED = {          # seconds within which survivors leave a peer behind: reques
     "kill": 1.0,
     "stop": 1.25,   # ... and a quarter: who is asked for a sign of life, is asked so often
     "hang": 1.25,
+    "cut": 1.25,
     "poison": 1.0,
     "gradient": 1.0,
     "slow": 3.0,    # averaging_timeout: who shows signs of life is waited for
@@ -54,6 +55,10 @@ CASES = [
     Case("poison", "poisoning"),
     Case("kill", "sending", victims=3, peers=6),
 ]
+CUTS = [  # need a network of their own
+    *(Case("cut", point) for point in ("matching", "sending", "reducing", "receiving", "voted", "deciding heard")),
+    *(Case("cut", point, "leader") for point in ("matching", "sending", "reducing", "deciding", "announcing")),
+]
 
 
 @dataclass(frozen=True)
@@ -85,15 +90,17 @@ def _strike(herd: Herd, case: Case, peers: Sequence[Peer]) -> Row:
     victims, survivors = [victim, *others[:case.victims - 1]], others[case.victims - 1:]
     if case.action == "kill":
         herd.spare()
-    victim.arm(Fault(epoch, case.point, case.action, also=tuple(peer.process.pid for peer in victims[1:])))
+    victim.arm(Fault(epoch, case.point, case.action, also=tuple(peer.process.pid for peer in victims[1:]),
+                     command=herd.cutting(victim) if case.action == "cut" else ()))
     until(lambda: victim.said("fired", epoch=epoch) or survivors[0].epoch > epoch + 1, "the fault's epoch comes", 30)
     assert victim.said("fired", epoch=epoch), f"{case.point} was not reached at epoch {epoch}"
     fired = victim.said("fired", epoch=epoch)[0]["time"]
     until(lambda: all(peer.epoch >= epoch + WATCHED for peer in survivors), "the survivors go on", 30)
-    back = None if case.action == "kill" else bring_back(herd, victim)
+    back = None if case.action == "kill" else bring_back(herd, case, victim)
     if case.action == "kill":
         until(lambda: not any(peer.processes() for peer in victims), "nothing of the dead runs", 5)
-    check_rounds(survivors if case.action == "kill" else peers, victims, range(epoch, epoch + WATCHED))
+    # who is cut off may have committed what the others, who can't ask it, abort
+    check_rounds(survivors if case.action in ("kill", "cut") else peers, victims, range(epoch, epoch + WATCHED))
     rounds = [said["seconds"] for peer in survivors for said in peer.said("round")
               if epoch <= said["round"] < epoch + WATCHED]
     row = Row(str(case), max(rounds), agreement(survivors, epoch, fired), back, equal_from(survivors, epoch) - epoch,
@@ -103,10 +110,13 @@ def _strike(herd: Herd, case: Case, peers: Sequence[Peer]) -> Row:
     return row
 
 
-def bring_back(herd: Herd, victim: Peer) -> float:
+def bring_back(herd: Herd, case: Case, victim: Peer) -> float:
     """Seconds until all, `victim` included, end an epoch together."""
     since = monotonic()
-    victim.signal(signal.SIGCONT)
+    if case.action == "cut":
+        herd.mend(victim)
+    else:
+        victim.signal(signal.SIGCONT)
     herd.await_step()
     return monotonic() - since
 

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from averaging.round import Complete, Decide, Join
+from averaging.messages import Complete, Decide, Join
 from averaging.transports.swarm import all_reduce
 from averaging.transports.swarm.averager import Averager
 from averaging.transports.swarm.reduction import Span
@@ -46,13 +47,14 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Fault:
     """What happens to a peer. `action`: kill, stop (the whole peer, as a machine would), hang (the averager), mute (no
-    more values, but signs of life), slow, poison (NaN on the wire)."""
+    more values, but signs of life), slow, poison (NaN on the wire), cut (`command` takes it off the network)."""
 
     epoch: int
     point: str
     action: str
     epochs: int = 1              # that slow, mute and poison last
     also: tuple[int, ...] = ()   # process groups that are killed at the same time
+    command: tuple[str, ...] = ()
 
 
 class Faults:
@@ -88,6 +90,8 @@ class Faults:
                     os.killpg(0, signal.SIGSTOP)
                 case "hang":
                     time.sleep(HANG_SECONDS)
+                case "cut":
+                    subprocess.run(fault.command, check=True)
 
     def last(self, fault: Fault) -> None:
         """It is there, until its epochs are over."""

@@ -32,6 +32,7 @@ import psutil
 import torch
 from fault_points import Fault, Faults, inject
 from hivemind.utils import MPFuture, get_dht_time
+from network import Network, leave_network
 from processes import until
 from torch import Tensor, nn
 
@@ -75,7 +76,7 @@ class Place:
     options: dict[str, Any]
     trains: bool = True                  # else it is but a DHT node, as the coordinator is for the swarm
     host: str = "127.0.0.1"
-    isolate: Callable[[], None] | None = None  # called first
+    is_apart: bool = False               # in a network namespace, which its Herd cables
 
     @property
     def identity(self) -> Path:
@@ -100,10 +101,12 @@ def live(place: Place, words: Any, orders: Any) -> None:
     MPFuture.reset_backend()  # its locks are the fork server's: who is stopped while it holds one would stop all peers
     try:
         _take_part(place, partial(_say, words.fileno()), orders)
+        status = 0
     except BaseException:
         traceback.print_exc()
+        status = 1
     sys.stderr.flush()
-    os._exit(0)  # hivemind's threads would be waited for
+    os._exit(status)  # hivemind's threads would be waited for
 
 
 def _say(pipe: int, **what: Any) -> None:
@@ -113,10 +116,10 @@ def _say(pipe: int, **what: Any) -> None:
 
 
 def _take_part(place: Place, say: Callable[..., None], orders: Any) -> None:
-    if place.isolate:
-        say(isolated=os.getpid())
+    if place.is_apart:
+        leave_network()
+        say(apart=os.getpid())
         orders.recv()
-        place.isolate()
     leave = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: leave.set())
     key, config = open_identity(place.identity), Averaging(**place.options)
@@ -323,8 +326,8 @@ def _brief(said: dict[str, Any]) -> str:
 class Herd:
     """Peers of one swarm, and a bootstrap node that trains nothing, as the coordinator is for the DHT."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
-        self._folder, self._options = folder, {**OPTIONS, **options}
+    def __init__(self, folder: Path, network: Network | None = None) -> None:
+        self._folder, self._network = folder, network
         self.peers: list[Peer] = []   # that train, or should
         self._spare: Peer | None = None
         self._all: list[Peer] = []
@@ -375,14 +378,25 @@ class Herd:
         """Who leads the round at the end of `epoch` in its first attempt, by averaging/round.py's rule."""
         return min(self.peers, key=lambda peer: hashlib.sha256(f"{kind}/{epoch}/0/{peer.id}".encode()).digest())
 
-    def _fork(self, trains: bool = True, **fields: Any) -> Peer:
+    def cutting(self, peer: Peer) -> tuple[str, ...]:
+        """The command that cuts its cable."""
+        assert self._network
+        return self._network.cutting(peer.place.number)
+
+    def mend(self, peer: Peer) -> None:
+        """Its cable."""
+        assert self._network
+        self._network.mend(peer.place.number)
+
+    def _fork(self, trains: bool = True) -> Peer:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         number = len(self._all)
         bootstrap = self._all[0].addresses if self._all else ()
         known = bootstrap if self._all and self.bootstrap.processes() else tuple(
             address for peer in self.peers for address in peer.addresses)
-        place = Place(number, self._folder, known, self._options, trains, **fields)
+        host = self._network.address(number) if self._network else "127.0.0.1"
+        place = Place(number, self._folder, known, OPTIONS, trains, host, is_apart=self._network is not None)
         (hears, words), (orders, obeys) = context.Pipe(duplex=False), context.Pipe(duplex=False)[::-1]
         process = context.Process(target=live, args=(place, words, obeys), name=f"peer {number}")
         process.start()
@@ -391,6 +405,10 @@ class Herd:
         peer = Peer(place, process, orders)
         threading.Thread(target=peer.follow, args=(hears,), daemon=True).start()
         self._all.append(peer)
+        if self._network:
+            until(lambda: peer.said("apart"), f"peer {number} has left the network", START_SECONDS)
+            self._network.connect(number, process.pid)
+            orders.send("connected")
         return peer
 
     def close(self) -> None:
@@ -402,9 +420,9 @@ class Herd:
 
 
 @contextmanager
-def herd(folder: Path, **options: Any) -> Iterator[Herd]:
-    """A swarm that ends with the context."""
-    owned = Herd(folder, **options)
+def herd(folder: Path, network: Network | None = None) -> Iterator[Herd]:
+    """A swarm that ends with the context; in `network`, each peer with a cable of its own, or on loopback."""
+    owned = Herd(folder, network)
     try:
         yield owned
     finally:

@@ -24,7 +24,7 @@ from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from torch import Tensor
 
-from averaging.round import Member
+from averaging.messages import Member
 from averaging.transports.swarm.frames import ALIVE, DATA, NOBODY, STOP, Header, Stream
 from averaging.transports.swarm.reduction import Chunk, Refusal, Span, are_finite, as_bytes, decoded, encoded, lay_out
 

@@ -28,10 +28,10 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from averaging.authorisation import Authoriser
 from averaging.config import Averaging
-from averaging.messages import NOTHING
+from averaging.messages import NOTHING, Average, Call, Join, Message, RoundId
 from averaging.pending_calls import mend_pending_calls
 from averaging.process import die_with_parent
-from averaging.round import Average, Call, Join, Message, RoundId, reply_of_the_absent
+from averaging.round import reply_of_the_absent
 from averaging.transports.swarm import state
 from averaging.transports.swarm.all_reduce import STREAMS, AllReduce, Result
 from averaging.transports.swarm.channel import (

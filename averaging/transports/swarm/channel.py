@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from averaging.messages import Layout
-from averaging.round import RoundId
+from averaging.messages import Layout, RoundId
 from averaging.transports.transport import Outcome
 
 FLOAT32_BYTES = 4

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from averaging.round import Message, RoundId
+from averaging.messages import Message, RoundId
 
 PER_SENDER = 8
 SENDERS = 256

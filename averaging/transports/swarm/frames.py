@@ -60,7 +60,7 @@ class Stream(asyncio.BufferedProtocol):
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._before = reader, writer  # asyncio closes the transport when they are collected
-        self._transport: asyncio.Transport = writer.transport  # type: ignore[assignment]
+        self._transport: asyncio.Transport = writer.transport  # type: ignore[assignment]  # of a socket: reads too
         self._loop = asyncio.get_running_loop()
         self._early = memoryview(b"")  # bytes that asyncio had read already
         self._type, self._member, self._trash = (memoryview(bytearray(size)) for size in (1, 2, 1 << 16))

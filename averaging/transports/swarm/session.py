@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from averaging.config import Averaging
-from averaging.round import Action, Average, Member, Message, Round, Send, StopAveraging, Timing
+from averaging.messages import Action, Average, Member, Message, Send, StopAveraging, Timing
+from averaging.round import Round
 from averaging.transports.swarm.all_reduce import Result
 from averaging.transports.swarm.channel import Meet, floats
 from averaging.transports.transport import Outcome

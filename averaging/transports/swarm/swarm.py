@@ -34,8 +34,7 @@ from averaging.authorisation import Authoriser, OpenSwarm
 from averaging.bulletin import Bulletin
 from averaging.config import Averaging
 from averaging.dht import DHT
-from averaging.messages import NOTHING, Layout
-from averaging.round import RoundId
+from averaging.messages import NOTHING, Layout, RoundId
 from averaging.transports.swarm.averager import Setup, serve
 from averaging.transports.swarm.channel import (
     Board,

@@ -15,11 +15,10 @@ from google.protobuf.message import DecodeError
 from hivemind.p2p import PeerID
 from hivemind.utils.crypto import RSAPrivateKey, RSAPublicKey
 
-from averaging import round as rounds
+from averaging import messages
 from averaging.authorisation import Authoriser, peer_id_of
 from averaging.compression import CODECS
-from averaging.messages import NOTHING, Layout
-from averaging.round import Member, Message, RoundId
+from averaging.messages import NOTHING, Layout, Member, Message, RoundId
 from proto.round_pb2 import Envelope, SignedStatement, Statement
 
 LONGEST_MESSAGE = 1 << 20   # bytes
@@ -30,8 +29,8 @@ LONGEST_KEY = 1 << 11       # bytes; one of 2048 bits has about 400
 STATEMENT_SECONDS = 300.0   # that a statement's clock may be off, delays included
 MOST_VALUES = 1 << 34         # an auxiliary sets apart memory for as many
 TYPES: dict[str, type[Message]] = {kind.__name__.lower(): kind for kind in (
-    rounds.Join, rounds.Call, rounds.Coming, rounds.Late, rounds.Elsewhere, rounds.Propose, rounds.Refuse,
-    rounds.Complete, rounds.Decide, rounds.Ask, rounds.Tell)}
+    messages.Join, messages.Call, messages.Coming, messages.Late, messages.Elsewhere, messages.Propose,
+    messages.Refuse, messages.Complete, messages.Decide, messages.Ask, messages.Tell)}
 Mode = Literal["node", "client", "auxiliary"]
 
 
@@ -86,7 +85,7 @@ class Wire:
         message = TYPES[name](round, envelope.attempt, **{
             field.name: self._loaded(field.name, getattr(content, field.name), round) for field in fields(TYPES[name])
             if field.name not in ("round", "attempt")})
-        _require(not isinstance(message, rounds.Join) or message.member.peer_id == sender,
+        _require(not isinstance(message, messages.Join) or message.member.peer_id == sender,
                  "statement of another peer")
         return message
 
