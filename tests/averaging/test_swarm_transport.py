@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from threading import Event, get_ident
@@ -329,6 +330,33 @@ def test_a_download_waits_for_a_donors_trainer(join: Join) -> None:
     found = asker.swarm.fetch_state()
     assert found is not None
     assert found[1]["steps"] == 3
+
+
+def test_who_downloads_is_not_waited_for_by_those_whose_state_it_waits_for(join: Join) -> None:
+    """A trainer that waits in a round gives no state: were the newcomer awaited, both would wait for the deadline."""
+    donor, other, newcomer = peers = [join(), join(), join()]
+    acquainted(peers)
+    asked, over = Event(), Event()
+
+    def read() -> dict[str, Tensor]:
+        asked.set()
+        over.wait(FAST["matchmaking_time"] + 5)
+        return state_of(1)
+
+    for peer in peers:
+        peer.swarm.offer_state(lambda: state_of(2))
+    donor.swarm._read = read
+    other.swarm.report(1, 0)
+    ahead(donor, newcomer, epoch=1)
+    with ThreadPoolExecutor(1) as pool:
+        download = pool.submit(newcomer.swarm.fetch_state)
+        until(asked.is_set, "the donor is asked", 10)
+        outcomes = together([meet(peer, tensors(number), peers, epoch=1)
+                             for number, peer in enumerate((donor, other))])
+        over.set()
+        assert all(outcome.averaged and len(outcome.members) == 2 for outcome in outcomes), outcomes
+        assert max(outcome.seconds for outcome in outcomes) < FAST["request_timeout"] + SLACK
+        assert download.result(20) is not None
 
 
 # -- ends --

@@ -7,7 +7,7 @@ chunks of that span (frames.py), and gets each chunk's average back as soon as a
 Who sends nothing, not even a sign of life, for `chunk_timeout` while something is due, whose stream ends early, or who
 sends what is not to be used, is blamed, and the all-reduce has failed here. Whoever fails says so on every stream, and
 whom it blames: so nobody blames the bearer, and all end at once. That is hearsay: a member can lie in it, as it can in
-its vote.
+its vote. At the deadline, a reducer blames those for want of whose values it could not go on, alive or not.
 
 The opener of a stream closes it; the other end keeps it open until then: libp2p's daemon can lose the last data of a
 stream that its server closes.
@@ -96,7 +96,9 @@ class AllReduce:
                 for task in running:
                     task.cancel()
         except TimeoutError:
-            self.fail([], f"not done within {self._timeout:g} s")
+            missing = self._span.missing()
+            late = ", ".join(self._members[member].peer_id for member in missing)
+            self.fail(missing, f"not done within {self._timeout:g} s{', for want of ' * bool(late)}{late}")
         finally:
             self.fail([], "cancelled")
             try:

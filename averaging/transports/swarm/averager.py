@@ -61,6 +61,7 @@ KEPT_SESSIONS = 16     # that have ended, for those who ask late
 KEPT_GROUPS = 4        # whose all-reduce has ended
 UPLOADS = 4            # of states at a time; a member who comes beyond that is refused
 STREAMS_OF_ONE = 16    # that one peer may have open here at a time; each costs files
+BEFORE_DEADLINE = 0.95  # of a round's time an all-reduce ends, so that it can still say whose fault that is
 LATE_STEPS = 3         # micro-batches that a trainer may be late by, and still be expected
 COMPLAINTS = 1000      # that are written to the log, each once
 UNREACHED = (TimeoutError, OSError, P2PDaemonError, P2PHandlerError, asyncio.IncompleteReadError, DecodeError)
@@ -336,7 +337,7 @@ class Averager:
             mean=session.mean[:values] if session.mean is not None else None,
             clip_radius=config.clip_radius if config.robust == "centered_clip" else None,
             chunk_timeout=self._patience([member.peer_id for member in group.members]),
-            timeout=session.timing.average_seconds, token=self._setup.authoriser.token)
+            timeout=BEFORE_DEADLINE * session.timing.average_seconds, token=self._setup.authoriser.token)
 
     def stop_all_reduce(self, group_id: bytes) -> None:
         """Give it up, if it runs."""

@@ -117,6 +117,10 @@ class Span:
         """Whether all chunks of `member` have come, or none is due."""
         return self._came.get(member, len(self.chunks)) == len(self.chunks)
 
+    def missing(self) -> list[int]:
+        """The members without whose next chunk there is no further average; empty: all are there."""
+        return [member for member, came in self._came.items() if not self.is_done and came <= len(self.averages)]
+
     def place(self, member: int) -> memoryview | None:
         """Where the next chunk of `member` goes; None while it is too far ahead of others."""
         number = self._came[member]

@@ -269,6 +269,7 @@ class Swarm:
             return None
         limit, deadline = self._state_bytes + STATE_HEADER, monotonic() + self._config.load_state_timeout
         memory, view = self._share(limit)
+        self._board.epoch = -1  # in no epoch that could end: nobody is to wait for this peer, whose state it waits for
         try:
             while asked and (seconds := deadline - monotonic()) > 0:
                 self._send(Fetch(asked, memory, limit, self._epoch, seconds))
@@ -282,6 +283,7 @@ class Swarm:
                 asked = asked[asked.index(fetched.donor) + 1:]
             return None
         finally:
+            self._board.epoch = self._epoch
             with suppress(AveragerLost):
                 self._send(Drop(memory))
 
