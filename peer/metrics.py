@@ -1,18 +1,25 @@
-"""A peer's own Prometheus metrics, from its worker's events."""
+"""A peer's own Prometheus metrics, from its worker's events. docs/metrics.md has them all."""
 
 from collections.abc import Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from averaging.version import VERSION
 from proto.peer_pb2 import PeerStatus, WorkerEvent
 
-HELP = {"epoch": "Collaborative epoch", "loss": "Mean loss of the last epoch's micro-batches",
-        "samples_per_second": "Samples trained on here per second", "learning_rate": "Of the last update",
-        "prototype_entropy": "How evenly prototypes are used, as a share of the maximum",
-        "knn_accuracy": "Of k-NN on the backbone's features", "top1_accuracy": "On the validation images",
-        "top5_accuracy": "On the validation images"}
+HELP = {"epoch": "Collaborative epoch: updates of the model so far.",
+        "loss": "Mean loss of the last epoch's micro-batches.",
+        "samples_per_second": "Samples trained on here per second.",
+        "learning_rate": "Learning rate of the last update.",
+        "prototype_entropy": "How evenly prototypes are used, as a share of the maximum.",
+        "train_top1_accuracy": "Top-1 accuracy on the last micro-batch.",
+        "gpu_memory_used_bytes": "Memory of the GPU that the worker's PyTorch holds.",
+        "knn_accuracy": "Accuracy of k-NN on the backbone's features of the validation images.",
+        "top1_accuracy": "Top-1 accuracy on the validation images.",
+        "top5_accuracy": "Top-5 accuracy on the validation images.",
+        "val_loss": "Loss on the validation images."}
 SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300)
+disable_created_metrics()  # a second series beside every counter and bucket, which Prometheus makes no use of
 
 
 class Figures:
@@ -25,7 +32,8 @@ class Figures:
         """The newest values; the others stay."""
         for name, value in figures.items():
             if name not in self._gauges:
-                self._gauges[name] = Gauge(f"covey_{name}", HELP.get(name, "Its newest value"), registry=self._registry)
+                said = HELP.get(name, "Its newest value.")
+                self._gauges[name] = Gauge(f"covey_{name}", said, registry=self._registry)
             self._gauges[name].set(value)
 
 
@@ -34,34 +42,34 @@ class PeerMetrics:
 
     def __init__(self) -> None:
         self.registry = to = CollectorRegistry()
-        self._epoch = Gauge("covey_epoch", "Collaborative epoch", registry=to)
+        self._epoch = Gauge("covey_epoch", HELP["epoch"], registry=to)
         self._epoch_samples = Gauge(
-            "covey_epoch_samples", "Samples that the swarm has gathered towards the next epoch", registry=to)
-        self._loss = Gauge("covey_loss", "Loss of the last micro-batch", registry=to)
-        self._samples = Counter("covey_samples", "Samples trained on here", registry=to)
-        self._rate = Gauge("covey_samples_per_second", "Samples trained on here per second", registry=to)
+            "covey_epoch_samples", "Samples that the swarm has gathered towards the next epoch.", registry=to)
+        self._loss = Gauge("covey_loss", "Training loss of the last micro-batch.", registry=to)
+        self._samples = Counter("covey_samples", "Samples trained on here.", registry=to)
+        self._rate = Gauge("covey_samples_per_second", HELP["samples_per_second"], registry=to)
         self._rounds = Counter(
-            "covey_averaging_rounds", "Averaging rounds that ended", ["kind", "outcome"], registry=to)
+            "covey_averaging_rounds", "Averaging rounds that ended.", ["kind", "outcome"], registry=to)
         self._duration = Histogram(
-            "covey_averaging_duration_seconds", "From the wish to average to the result", ["kind"],
+            "covey_averaging_duration_seconds", "From the wish to average to the result.", ["kind"],
             buckets=SECONDS, registry=to)
         self._matchmaking = Histogram(
-            "covey_matchmaking_duration_seconds", "From the wish to average until the group began to", ["kind"],
+            "covey_matchmaking_duration_seconds", "From the wish to average until the group began to.", ["kind"],
             buckets=SECONDS, registry=to)
-        self._bytes = Counter("covey_network_bytes", "Tensors averaged, as encoded", ["direction"], registry=to)
+        self._bytes = Counter("covey_network_bytes", "Tensors averaged, as encoded.", ["direction"], registry=to)
         self._rejected = Counter(
-            "covey_rejected_contributions", "Contributions refused here, this peer's own included", ["reason"],
+            "covey_rejected_contributions", "Contributions refused here, this peer's own included.", ["reason"],
             registry=to)
-        self._group_size = Gauge("covey_group_size", "Peers in the last averaging round", registry=to)
+        self._group_size = Gauge("covey_group_size", "Peers in the last averaging round.", registry=to)
         self._state_load = Histogram(
-            "covey_state_load_duration_seconds", "Downloads of the swarm's state that succeeded",
+            "covey_state_load_duration_seconds", "Downloads of the swarm's state that succeeded.",
             buckets=SECONDS, registry=to)
-        self._checkpoint = Gauge(
-            "covey_checkpoint_last_success_timestamp_seconds", "Time of the last checkpoint", registry=to)
+        self._checkpoint = Gauge("covey_checkpoint_last_success_timestamp_seconds",
+                                 "Unix time of the last checkpoint; 0 before the first.", registry=to)
         self._figures = Figures(to)
-        self._skipped = Counter("covey_skipped_images", "Unreadable images met by the workers", registry=to)
-        self._restarts = Counter("covey_worker_restarts", "Workers that failed", registry=to)
-        Gauge("covey_build_info", "1", ["version"], registry=to).labels(VERSION).set(1)
+        self._skipped = Counter("covey_skipped_images", "Unreadable images met by the workers.", registry=to)
+        self._restarts = Counter("covey_worker_restarts", "Workers that failed.", registry=to)
+        Gauge("covey_build_info", "The running version.", ["version"], registry=to).labels(VERSION).set(1)
         self._samples_seen = 0
 
     def event(self, event: WorkerEvent, status: PeerStatus) -> None:

@@ -9,6 +9,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event, Thread
 
+import torch
+
 from averaging.bulletin import Bulletin
 from averaging.records import RoundEnd, StateLoad
 from peer.events import EventWriter
@@ -73,7 +75,8 @@ class Telemetry:
             epoch=report.epoch, local_step=report.local_step, samples_total=report.samples_total,
             samples_accumulated=report.samples_accumulated, swarm_samples=report.swarm_samples,
             swarm_peers=report.swarm_peers, samples_per_second=report.samples_per_second, loss=report.loss,
-            metrics=report.metrics, learning_rate=report.learning_rate)))
+            metrics={**report.metrics, **gpu_memory(self._bulletin.record.device)},
+            learning_rate=report.learning_rate)))
 
     def _tell_skipped(self) -> None:
         told = self._skipped
@@ -133,3 +136,8 @@ class Telemetry:
                                                for address in record.addresses if record.peer_id != own])
         except OSError as error:  # a full disk: training goes on
             log.warning("other peers' addresses are not noted: %r", error)
+
+
+def gpu_memory(device: str) -> dict[str, float]:
+    """What PyTorch holds here of the memory of `device`, in bytes; empty where that is no CUDA device."""
+    return {"gpu_memory_used_bytes": torch.cuda.memory_reserved(device)} if device.startswith("cuda") else {}

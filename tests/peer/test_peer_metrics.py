@@ -1,6 +1,7 @@
 """A peer's metrics follow its worker's events."""
 
 from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
 from peer.metrics import PeerMetrics
 from proto.peer_pb2 import PeerStatus, WorkerEvent
@@ -62,11 +63,27 @@ def test_checkpoints_and_restarts_are_told() -> None:
     assert metrics.registry.get_sample_value("covey_worker_restarts_total") == 1
 
 
-def test_every_metric_is_ours_by_name() -> None:
-    names = [line.split()[2] for line in generate_latest(PeerMetrics().registry).decode().splitlines()
-             if line.startswith("# TYPE")]
-    assert names
-    assert all(name.startswith("covey_") for name in names)
+def test_bytes_and_refusals_are_counted_by_direction_and_reason() -> None:
+    ended = WorkerEvent(round=WorkerEvent.Round(kind="state", outcome="averaged", bytes_sent=10, bytes_received=30,
+                                                matchmaking_seconds=0.5, refused={"silent": 2}))
+    registry = after(ended, ended).registry
+    assert registry.get_sample_value("covey_network_bytes_total", {"direction": "sent"}) == 20
+    assert registry.get_sample_value("covey_network_bytes_total", {"direction": "received"}) == 60
+    assert registry.get_sample_value("covey_rejected_contributions_total", {"reason": "silent"}) == 4
+    assert registry.get_sample_value("covey_matchmaking_duration_seconds_sum", {"kind": "state"}) == 1
+
+
+def test_names_and_labels_keep_the_conventions() -> None:
+    ended = WorkerEvent(round=WorkerEvent.Round(kind="state", outcome="averaged", refused={"silent": 2}))
+    page = generate_latest(after(started(), step(16), ended).registry).decode()
+    families = list(text_string_to_metric_families(page))
+    assert families
+    for family in families:
+        assert family.documentation.endswith(".")
+        for sample in family.samples:
+            assert sample.name.startswith("covey_")
+            assert sample.name.endswith("_total") == (family.type == "counter")
+            assert set(sample.labels) <= {"version", "reason", "kind", "outcome", "direction", "le"}
 
 
 def test_what_the_objective_and_an_evaluation_measure_have_gauges_of_their_own() -> None:
