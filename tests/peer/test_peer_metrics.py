@@ -1,9 +1,10 @@
 """A peer's metrics follow its worker's events."""
 
+import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from peer.metrics import PeerMetrics
+from peer.metrics import BAD_VALUES, PeerMetrics
 from proto.peer_pb2 import PeerStatus, WorkerEvent
 
 
@@ -71,6 +72,17 @@ def test_bytes_and_refusals_are_counted_by_direction_and_reason() -> None:
     assert registry.get_sample_value("covey_network_bytes_total", {"direction": "received"}) == 60
     assert registry.get_sample_value("covey_rejected_contributions_total", {"reason": "silent"}) == 4
     assert registry.get_sample_value("covey_matchmaking_duration_seconds_sum", {"kind": "state"}) == 1
+
+
+@pytest.mark.parametrize("reason", BAD_VALUES)
+def test_bad_values_are_counted_from_zero(reason: str) -> None:
+    def refused() -> float | None:
+        return metrics.registry.get_sample_value("covey_rejected_contributions_total", {"reason": reason})
+
+    metrics, ended = after(started()), WorkerEvent.Round(kind="state", outcome="failed", refused={reason: 1})
+    assert refused() == 0
+    metrics.event(WorkerEvent(round=ended), PeerStatus())
+    assert refused() == 1
 
 
 def test_names_and_labels_keep_the_conventions() -> None:
