@@ -69,11 +69,9 @@ def prometheus(config: Path, folder: Path) -> Iterator[Server]:
     try:
         def is_ready() -> bool:
             assert process.poll() is None, log.read_text()[-2000:]
-            return "Server is ready" in log.read_text()
+            return bool(LISTENING.search(log.read_text())) and "Server is ready" in log.read_text()  # in any order
         until(is_ready, "Prometheus is ready")
-        address = LISTENING.search(log.read_text())
-        assert address, log.read_text()
-        yield Server(f"http://{address[1]}")
+        yield Server(f"http://{LISTENING.findall(log.read_text())[0]}")
     finally:
         process.terminate()
         try:
