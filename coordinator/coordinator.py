@@ -8,10 +8,11 @@ import asyncio
 import json
 import logging
 import signal
+import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvloop
 from rich.console import Console
@@ -19,6 +20,7 @@ from rich.console import Console
 from averaging.experiment import Experiment, canonical, fingerprint, run_id
 from averaging.records import AVERAGED
 from averaging.version import VERSION
+from coordinator.events import Feed
 from coordinator.follow import SwarmFollower
 from coordinator.http import coordinator_app, serve_http
 from coordinator.link import Link, bracketed
@@ -26,7 +28,7 @@ from coordinator.metrics import coordinator_registry
 from coordinator.ports import check_hosts, free_port, reachable_host
 from coordinator.service import CoordinatorService, bind_grpc, start_grpc
 from coordinator.state_dir import open_state_dir
-from coordinator.view import About, view
+from coordinator.view import About, swarm_json, view
 from proto.coordinator_pb2 import EnrolReply
 from proto.swarm_pb2 import SwarmSnapshot
 
@@ -71,15 +73,18 @@ async def _serve(experiment: Experiment, node: "Node", folder: Path, *, host: st
         stack.push_async_callback(server.stop, GRACE_SECONDS)
         about = About(run, str(Link(link_host, grpc_port, run)), VERSION, experiment.averaging.target_batch_size,
                       experiment.averaging.target_group_size, AVERAGED[experiment.averaging.strategy])
-        app = coordinator_app(lambda: follower.state, about, coordinator_registry(lambda: follower.state, about))
+        feed = Feed(_newest(follower, about))
+        app = coordinator_app(lambda: follower.state, about, coordinator_registry(lambda: follower.state, about),
+                              history=lambda: follower.history, feed=feed)
         http_port = await stack.enter_async_context(serve_http(app, host, http_port))
+        stack.callback(feed.close)  # before the server, which waits for open requests
         url = f"http://{bracketed(link_host)}:{http_port}"
         enrolment = EnrolReply(experiment=document, fingerprint=fingerprint(document), run_id=run,
                                initial_peers=node.addresses, dashboard_url=f"{url}/")
         await start_grpc(server, CoordinatorService(
             enrolment, VERSION, lambda: SwarmSnapshot(**view(follower.state, about))))
         _announce(about.link, url, node.peer_id, folder, json_output)
-        await _follow(follower, node.is_alive, stop)
+        await _follow(follower, node.is_alive, stop, lambda: feed.publish(_newest(follower, about)))
         logger.info("stopping")
 
 
@@ -98,12 +103,18 @@ def _stop_event() -> asyncio.Event:
     return stop
 
 
-async def _follow(follower: SwarmFollower, is_alive: Callable[[], bool], stop: asyncio.Event) -> None:
+def _newest(follower: SwarmFollower, about: About) -> dict[str, Any]:
+    return swarm_json(follower.state, about, time.time())
+
+
+async def _follow(follower: SwarmFollower, is_alive: Callable[[], bool], stop: asyncio.Event,
+                  publish: Callable[[], None]) -> None:
     while not stop.is_set():
         if not is_alive():
             logger.error("the DHT node died; exiting, so that whoever supervises this process starts it again")
             raise SystemExit(1)
         await follower.refresh()
+        publish()  # also after a reading that failed: the page then says how old its figures are
         with suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), POLL_SECONDS)
 

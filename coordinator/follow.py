@@ -6,21 +6,22 @@ import time
 from collections.abc import Callable, Iterable
 
 from averaging.records import PeerRecord
+from coordinator.history import History, remember
 from coordinator.swarm import SwarmState, observe
 
 logger = logging.getLogger("covey.coordinator")
 
 
 class SwarmFollower:
-    """Keeps `state`, the newest state of the swarm.
+    """Keeps `state`, the newest state of the swarm, and `history`, what was read so far.
 
     `read` returns the records or raises, and may block: it runs in a thread. `clock` gives Unix seconds. A
-    reading that fails leaves the state as it was, with its time.
+    reading that fails leaves both as they were, the state with its time.
     """
 
     def __init__(self, read: Callable[[], Iterable[PeerRecord]], *, stale_seconds: float,
                  clock: Callable[[], float] = time.time) -> None:
-        self.state = SwarmState()
+        self.state, self.history = SwarmState(), History()
         self.readable = True
         self._read, self._stale_seconds, self._clock = read, stale_seconds, clock
 
@@ -38,6 +39,7 @@ class SwarmFollower:
         self.readable = True
         before, self.state = self.state, observe(self.state, records, self._clock(),
                                                  stale_seconds=self._stale_seconds)
+        self.history = remember(self.history, self.state)
         _log_changes(before, self.state)
 
 

@@ -1,6 +1,8 @@
 """HTTP: serving an application within this process's event loop, and the coordinator's own application."""
 
 import asyncio
+import json
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
@@ -9,38 +11,43 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from coordinator.page import CONTENT_SECURITY_POLICY, render
+from coordinator.events import NO_STORE, Feed, events
+from coordinator.history import History, columns
+from coordinator.page.assets import answer, asset, content_security_policy, document, static_files
 from coordinator.ports import listen
 from coordinator.swarm import SwarmState
-from coordinator.view import About, is_fresh, view
+from coordinator.view import About, is_fresh, swarm_json
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-HEADERS = [("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store"),
-           ("Content-Security-Policy", CONTENT_SECURITY_POLICY)]
+HEADERS = [("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")]
+UNACKNOWLEDGED_SECONDS = 20  # that a client may take nothing of what was sent to it, before it counts as gone
 
 
-def coordinator_app(state: Callable[[], SwarmState], about: About, registry: CollectorRegistry,
-                    clock: Callable[[], float] = time.time) -> ASGIApp:
-    """`/` a page, `/api/swarm` the same as JSON, `/metrics`, `/healthz`; read-only. `clock` gives Unix seconds."""
-
-    async def page(request: Request) -> Response:
-        return HTMLResponse(render(view(state(), about), about, is_fresh(state(), clock())))
+def coordinator_app(state: Callable[[], SwarmState], about: About, registry: CollectorRegistry, *,
+                    history: Callable[[], History], feed: Feed, clock: Callable[[], float] = time.time) -> ASGIApp:
+    """The page and what it reads, `/metrics` and `/healthz`; read-only. `clock` gives Unix seconds."""
 
     async def swarm(request: Request) -> Response:
-        return JSONResponse({**view(state(), about), "link": about.link, "fresh": is_fresh(state(), clock())})
+        return JSONResponse(swarm_json(state(), about, clock()), headers=NO_STORE)
 
     async def healthz(request: Request) -> Response:
         if is_fresh(state(), clock()):
-            return PlainTextResponse("ok\n")
-        return PlainTextResponse("the DHT could not be read lately\n", status_code=503)
+            return PlainTextResponse("ok\n", headers=NO_STORE)
+        return PlainTextResponse("the DHT could not be read lately\n", status_code=503, headers=NO_STORE)
 
-    return Starlette(routes=[Route("/", page), Route("/api/swarm", swarm), Route("/healthz", healthz),
-                             Route("/metrics", metrics_endpoint(registry))])
+    async def live(request: Request) -> Response:
+        return await events(feed, request)
+
+    return Starlette(routes=[
+        *_page(about), Route("/api/swarm", swarm), Route("/api/events", live),
+        Route("/api/history", _history(history)), Route("/healthz", healthz),
+        Route("/metrics", metrics_endpoint(registry))])
 
 
 def metrics_endpoint(registry: CollectorRegistry) -> Endpoint:
@@ -48,9 +55,36 @@ def metrics_endpoint(registry: CollectorRegistry) -> Endpoint:
 
     async def metrics(request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(registry), headers={"Content-Type": content_type})
+        return Response(encode(registry), headers={**NO_STORE, "Content-Type": content_type})
 
     return metrics
+
+
+def _page(about: About) -> list[Route]:
+    page, static = document(about), static_files()
+
+    async def index(request: Request) -> Response:
+        return answer(request, page, {"Content-Security-Policy": content_security_policy()})
+
+    async def part(request: Request) -> Response:
+        if (found := static.get(request.path_params["name"])) is None:
+            raise HTTPException(404)
+        return answer(request, found)
+
+    return [Route("/", index), Route("/static/{name}", part)]
+
+
+def _history(history: Callable[[], History]) -> Endpoint:
+    newest, made = History(), asset(b"", "")
+
+    async def endpoint(request: Request) -> Response:
+        nonlocal newest, made
+        if not made.body or newest is not history():
+            newest = history()
+            made = asset(json.dumps(columns(newest), allow_nan=False).encode(), "application/json")
+        return answer(request, made, {"Content-Security-Policy": "default-src 'none'"})
+
+    return endpoint
 
 
 @asynccontextmanager
@@ -60,6 +94,8 @@ async def serve_http(app: ASGIApp, host: str, port: int) -> AsyncIterator[int]:
     Raises BadInput if the port can't be had. Open requests get a second to end.
     """
     listener = listen(host, port, "HTTP")
+    # Connections inherit it. Without it, a client that reads nothing would hold its place for ever.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_SECONDS * 1000)
     server = _Server(uvicorn.Config(
         app, log_config=None, log_level="warning", access_log=False, lifespan="off", ws="none", headers=HEADERS,
         server_header=False, limit_concurrency=256, timeout_graceful_shutdown=1))

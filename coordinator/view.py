@@ -1,6 +1,7 @@
 """One view of the swarm for all who look: the gRPC snapshot, the JSON and the page have equal figures."""
 
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
 
 from coordinator.swarm import Peer, SwarmState
@@ -44,6 +45,21 @@ def view(state: SwarmState, about: About) -> dict[str, Any]:
         "joins": state.joins,
         "departures": {"left": state.left, "lost": state.lost},
     }
+
+
+def swarm_json(state: SwarmState, about: About, now: float) -> dict[str, Any]:
+    """What `/api/swarm` and the page tell at `now` (Unix seconds): the view, and what one makes of it."""
+    return {**view(state, about), "link": about.link, "fresh": is_fresh(state, now),
+            "seconds_to_next_epoch": seconds_to_next_epoch(state, about.target_batch_size)}
+
+
+def seconds_to_next_epoch(state: SwarmState, target_batch_size: int) -> float | None:
+    """Until the samples that the next epoch still lacks are there, at the present speed, as of the reading; None while
+    nothing trains. That they are averaged then takes longer is not in it."""
+    if state.samples_per_second == 0:
+        return None
+    seconds = max(0, target_batch_size - state.epoch_samples) / state.samples_per_second
+    return seconds if isfinite(seconds) else None  # a stranger may sign any speed, and JSON has no infinity
 
 
 def _row(peer: Peer, now: float) -> dict[str, Any]:

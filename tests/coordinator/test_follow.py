@@ -43,6 +43,11 @@ def test_an_unreadable_dht_keeps_the_time_of_the_last_reading(record: Callable[.
     assert (follower.state.time, follower.readable) == (now, False)
 
 
+def test_every_reading_that_succeeds_goes_into_the_history(record: Callable[..., PeerRecord], now: float) -> None:
+    follower = follow(ScriptedRecords([record("a")], TimeoutError(), []), [now, now + 2])
+    assert [point.time for point in follower.history.over_time.points] == [now, now + 2]
+
+
 def test_changes_are_logged_and_states_are_not(record: Callable[..., PeerRecord], now: float,
                                                caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "covey.coordinator")

@@ -1,0 +1,82 @@
+// The figures of one reading. All that is shown is set as text: what volunteers sign is never markup.
+
+export const count = (value) => value.toLocaleString("en-US", { maximumFractionDigits: 0 });
+export const rate = (value) =>
+  value.toLocaleString("en-US", { minimumFractionDigits: 1, maximumFractionDigits: 1 });
+export const loss = (value) => value === null ? "–" : value.toFixed(4);
+
+export function duration(seconds) {
+  const [s, m, h] = [Math.round(seconds), Math.round(seconds / 60), Math.round(seconds / 3600)];
+  if (s < 60) return `${s} s`;
+  if (s < 3600) return `${Math.floor(s / 60)} min ${s % 60} s`;
+  if (m < 1440) return `${Math.floor(m / 60)} h ${m % 60} min`;
+  return `${count(Math.floor(h / 24))} d ${h % 24} h`;
+}
+
+// An element made once; later calls change only its text, so that a reader keeps their place and selection.
+export function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+export function make(tag, properties = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+
+function tile(list, name, value, note = "") {
+  let box = [...list.children].find((child) => child.dataset.name === name);
+  if (!box) {
+    box = make("div", {}, make("dt", { textContent: name }), make("dd", { className: "value" }),
+      make("dd", { className: "note" }));
+    box.dataset.name = name;
+    list.append(box);
+  }
+  setText(box.children[1], value);
+  setText(box.children[2], note);
+  box.children[2].hidden = !note;
+  return box;
+}
+
+const present = (swarm) => swarm.peers.filter((peer) => peer.state !== "leaving").length;
+
+function toNextEpoch(swarm) {
+  if (!present(swarm)) return "no peer is here";
+  if (swarm.seconds_to_next_epoch === null) return "nobody trains yet";
+  return swarm.seconds_to_next_epoch === 0 ? "gathered: averaging" : `${duration(swarm.seconds_to_next_epoch)} to go`;
+}
+
+export function showTiles(list, swarm) {
+  const { epoch_samples: samples, target_batch_size: target } = swarm;
+  tile(list, "Epoch", count(swarm.epoch), toNextEpoch(swarm));
+  const next = tile(list, "Next epoch", count(samples), `of ${count(target)} samples`);
+  const bar = next.querySelector("progress") ??
+    next.appendChild(make("dd")).appendChild(make("progress", { ariaLabel: "Samples towards the next epoch" }));
+  Object.assign(bar, { max: target, value: Math.min(samples, target) });
+  tile(list, "Loss", loss(swarm.loss), swarm.loss === null ? "known after the first epoch" : "mean over peers");
+  tile(list, "Samples/s", rate(swarm.samples_per_second), `${count(swarm.samples_total)} so far`);
+  tile(list, "Peers", count(swarm.peers.length), kinds(swarm.peers));
+  tile(list, "Group size", count(swarm.group_size),
+    swarm.group_size ? `of at most ${count(swarm.target_group_size)}` : "known after the first round");
+  if (swarm.consensus_distance !== null) {
+    tile(list, "Consensus distance", swarm.consensus_distance.toPrecision(3), "between peers' parameters");
+  }
+  [...list.children].filter((box) => box.dataset.name === "Consensus distance")
+    .forEach((box) => { box.hidden = swarm.consensus_distance === null; });
+}
+
+function kinds(peers) {
+  return ["training", "starting", "leaving"].map((state) => [peers.filter((peer) => peer.state === state).length, state])
+    .filter(([number]) => number).map(([number, state]) => `${count(number)} ${state}`).join(", ");
+}
+
+export function showRounds(list, empty, swarm) {
+  const { averaged, failed, alone } = swarm.rounds;
+  empty.hidden = averaged + failed + alone > 0;
+  tile(list, "Averaged", count(averaged), "rounds with others");
+  tile(list, "Failed", count(failed), "rounds given up");
+  tile(list, "Alone", count(alone), "nobody else was there");
+  tile(list, "Joined", count(swarm.joins), "peers, who came or came back");
+  tile(list, "Left", count(swarm.departures.left), "peers, who said so");
+  tile(list, "Lost", count(swarm.departures.lost), "peers, who fell silent");
+}
