@@ -56,7 +56,8 @@ class EventStream(StreamingResponse):
     """A response that follows `feed`, counted among its viewers while it lasts."""
 
     def __init__(self, feed: Feed) -> None:
-        super().__init__(feed.follow(), headers=NO_STORE, media_type="text/event-stream")
+        headers = {**NO_STORE, "X-Accel-Buffering": "no"}  # else nginx before us would keep events back
+        super().__init__(feed.follow(), headers=headers, media_type="text/event-stream")
         self.feed = feed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -3,14 +3,15 @@
 import { count, loss, make, rate, setText } from "./figures.js";
 
 const BARS = 40;
+const FEW = 40; // points that are shown as such; more are a line
 const CHARTS = [
   { id: "loss", title: "Loss over epochs", empty: "No epoch has ended yet: the loss is known after the first.",
-    series: "over_epochs", axis: "epoch", lines: [["loss", "Loss", "accent", loss]], range: "normal" },
-  { id: "speed", title: "Samples per second", empty: "No reading of the swarm yet.",
+    series: "over_epochs", axis: "epoch", lines: [["loss", "Loss", "accent", loss]] },
+  { id: "speed", title: "Samples per second", empty: "Nobody has trained yet.", amounts: true,
     series: "over_time", axis: "time", lines: [["samples_per_second", "Samples/s", "accent", rate]] },
-  { id: "peers", title: "Peers and group size", empty: "No reading of the swarm yet.", series: "over_time",
-    axis: "time", lines: [["peers", "Peers", "accent", count], ["group_size", "Group size", "second", count]],
-    target: true },
+  { id: "peers", title: "Peers and group size", empty: "No peer has been here yet.", amounts: true,
+    series: "over_time", axis: "time", target: true,
+    lines: [["peers", "Peers", "accent", count], ["group_size", "Group size", "second", count]] },
   { id: "rounds", title: "Rounds by outcome", empty: "No round of averaging has ended yet.",
     series: "over_time", axis: "time", bars: [["averaged", "Averaged", "accent"], ["failed", "Failed", "second"],
       ["alone", "Alone", "third"]] },
@@ -25,7 +26,7 @@ function local(seconds) {
     `${two(at.getHours())}:${two(at.getMinutes())}:${two(at.getSeconds())}`;
 }
 
-const place = (chart, key) => chart.axis === "epoch" ? `epoch ${count(key)}` : local(key);
+const place = (chart, key) => chart.axis === "epoch" ? `epoch ${count(key)}` : local(key).slice(0, -3);
 
 // Points of a line, with a hole where the coordinator read nothing for much longer than the points are apart.
 function points(chart, history, field) {
@@ -44,9 +45,9 @@ function growth(history, field) {
   const { time, [field]: values } = history.over_time;
   const [start, span] = [time[0], Math.max(1, (time[time.length - 1] - time[0]) / BARS)];
   const grown = new Array(BARS).fill(0);
-  for (let i = 1; i < time.length; i++) {
-    grown[Math.min(BARS - 1, Math.floor((time[i] - start) / span))] += values[i] - values[i - 1];
-  }
+  time.forEach((at, index) => {
+    grown[Math.min(BARS - 1, Math.floor((at - start) / span))] += values[index] - (values[index - 1] ?? 0);
+  });
   return grown.map((value, bar) => [start + (bar + 0.5) * span, value]);
 }
 
@@ -54,18 +55,18 @@ function gist(chart, [field, name, , format], history) {
   const known = points(chart, history, field).filter(([, value]) => value !== null);
   if (!known.length) return "";
   const extreme = (better) => known.reduce((best, point) => better(point[1], best[1]) ? point : best);
-  const say = (word, [key, value]) => `${word} ${format(value)} at ${place(chart, key)}`;
-  return `${name}: ${[say("first", known[0]), say("lowest", extreme((a, b) => a < b)),
-    say("highest", extreme((a, b) => a > b)), say("now", known[known.length - 1])].join("; ")}.`;
+  const [low, high, now] = [extreme((a, b) => a < b), extreme((a, b) => a > b), known[known.length - 1]];
+  if (low[1] === high[1]) return `${name}: ${format(now[1])} throughout.`;
+  const say = (word, [key, value]) => `${word} ${format(value)} (${place(chart, key)})`;
+  return `${name}: now ${format(now[1])}, ${say("lowest", low)}, ${say("highest", high)}.`;
 }
 
 function inWords(chart, history) {
+  const some = (chart.lines ?? chart.bars).some(([field]) => history[chart.series][field].some((value) => value > 0));
+  if ((chart.amounts || chart.bars) && !some) return "";
   if (chart.lines) return chart.lines.map((line) => gist(chart, line, history)).filter(Boolean).join(" ");
-  const { time } = history.over_time;
-  const sums = chart.bars.map(([field, name]) =>
-    `${count(growth(history, field).reduce((sum, [, value]) => sum + value, 0))} ${name.toLowerCase()}`);
-  return time.length && chart.bars.some(([field]) => history.over_time[field].at(-1) > 0)
-    ? `${sums.join(", ")} since ${local(time[0])}.` : "";
+  const sums = chart.bars.map(([field, name]) => `${count(history.over_time[field].at(-1))} ${name.toLowerCase()}`);
+  return `${sums.join(", ")} since the coordinator started.`;
 }
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
@@ -79,7 +80,7 @@ function traces(chart, history, target) {
   }
   const dashes = ["solid", "dash"];
   const lines = chart.lines.map(([field, name, ink], index) => ({ ...xy(points(chart, history, field)), name,
-    type: "scatter", mode: chart.axis === "epoch" ? "lines+markers" : "lines", marker: { size: 4 },
+    type: "scatter", mode: history[chart.series].time.length < FEW ? "lines+markers" : "lines", marker: { size: 5 },
     line: { color: colour(ink), width: 2, dash: dashes[index] } }));
   const { [chart.axis]: keys } = history[chart.series];
   const goal = { ...xy([[keys[0], target], [keys[keys.length - 1], target]]), name: "Group target", type: "scatter",
@@ -92,11 +93,12 @@ function layout(chart) {
     automargin: true };
   return { autosize: true, margin: { l: 44, r: 8, t: 8, b: 28 }, paper_bgcolor: "transparent",
     plot_bgcolor: "transparent", font: { color: colour("ink"), size: 12, family: "system-ui, sans-serif" },
-    showlegend: (chart.lines ?? chart.bars).length > 1, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
+    showlegend: (chart.lines ?? chart.bars).length > 1,
+    legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, traceorder: "normal" },
     barmode: "stack", bargap: 0.15, dragmode: false, hovermode: "x unified", uirevision: "kept",
     hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), font: { color: colour("ink") } },
-    xaxis: { ...axis, type: chart.axis === "time" ? "date" : "linear", nticks: 6 },
-    yaxis: { ...axis, rangemode: chart.range ?? "tozero", nticks: 6 } };
+    xaxis: { ...axis, type: chart.axis === "time" ? "date" : "linear", nticks: 5, tickangle: 0 },
+    yaxis: { ...axis, rangemode: chart.amounts || chart.bars ? "tozero" : "normal", nticks: 6 } };
 }
 
 function figure(chart) {
@@ -119,11 +121,12 @@ export function charts(container, missing) {
       const said = inWords(chart, history);
       setText(words, said || chart.empty);
       drawing.hidden = !said || !loaded;
-      if (!drawing.hidden) {
-        globalThis.Plotly.react(drawing, traces(chart, history, target), layout(chart),
-          { displayModeBar: false, responsive: true });
-      }
+      if (drawing.hidden) continue;
+      globalThis.Plotly.react(drawing, traces(chart, history, target), layout(chart),
+        { displayModeBar: false, responsive: true });
     }
+    // To a screen reader a chart is its name and its words; one is where plotly.js measures, unseen.
+    document.querySelectorAll("#charts svg, svg#js-plotly-tester").forEach((svg) => { svg.ariaHidden = "true"; });
   };
 
   const script = make("script", { src: "/static/plotly.min.js", async: true });

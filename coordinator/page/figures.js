@@ -40,22 +40,24 @@ function tile(list, name, value, note = "") {
 
 const present = (swarm) => swarm.peers.filter((peer) => peer.state !== "leaving").length;
 
+// [how long until it, what is gathered for it].
 function toNextEpoch(swarm) {
-  if (!present(swarm)) return "no peer is here";
-  if (swarm.seconds_to_next_epoch === null) return "nobody trains yet";
-  return swarm.seconds_to_next_epoch === 0 ? "gathered: averaging" : `${duration(swarm.seconds_to_next_epoch)} to go`;
+  const gathered = `${count(swarm.epoch_samples)} of ${count(swarm.target_batch_size)} samples`;
+  if (!present(swarm)) return ["–", "no peer is here"];
+  if (swarm.seconds_to_next_epoch === null) return ["–", `nobody trains yet; ${gathered}`];
+  return [swarm.seconds_to_next_epoch === 0 ? "averaging" : `in ${duration(swarm.seconds_to_next_epoch)}`, gathered];
 }
 
 export function showTiles(list, swarm) {
   const { epoch_samples: samples, target_batch_size: target } = swarm;
-  tile(list, "Epoch", count(swarm.epoch), toNextEpoch(swarm));
-  const next = tile(list, "Next epoch", count(samples), `of ${count(target)} samples`);
+  tile(list, "Epoch", count(swarm.epoch), "updates of the model");
+  const next = tile(list, "Next epoch", ...toNextEpoch(swarm));
   const bar = next.querySelector("progress") ??
     next.appendChild(make("dd")).appendChild(make("progress", { ariaLabel: "Samples towards the next epoch" }));
   Object.assign(bar, { max: target, value: Math.min(samples, target) });
   tile(list, "Loss", loss(swarm.loss), swarm.loss === null ? "known after the first epoch" : "mean over peers");
   tile(list, "Samples/s", rate(swarm.samples_per_second), `${count(swarm.samples_total)} so far`);
-  tile(list, "Peers", count(swarm.peers.length), kinds(swarm.peers));
+  tile(list, "Peers", count(swarm.peers.length), kinds(swarm.peers) || "none yet");
   tile(list, "Group size", count(swarm.group_size),
     swarm.group_size ? `of at most ${count(swarm.target_group_size)}` : "known after the first round");
   if (swarm.consensus_distance !== null) {
@@ -66,7 +68,8 @@ export function showTiles(list, swarm) {
 }
 
 function kinds(peers) {
-  return ["training", "starting", "leaving"].map((state) => [peers.filter((peer) => peer.state === state).length, state])
+  return ["training", "starting", "leaving"]
+    .map((state) => [peers.filter((peer) => peer.state === state).length, state])
     .filter(([number]) => number).map(([number, state]) => `${count(number)} ${state}`).join(", ");
 }
 
@@ -76,7 +79,7 @@ export function showRounds(list, empty, swarm) {
   tile(list, "Averaged", count(averaged), "rounds with others");
   tile(list, "Failed", count(failed), "rounds given up");
   tile(list, "Alone", count(alone), "nobody else was there");
-  tile(list, "Joined", count(swarm.joins), "peers, who came or came back");
-  tile(list, "Left", count(swarm.departures.left), "peers, who said so");
-  tile(list, "Lost", count(swarm.departures.lost), "peers, who fell silent");
+  tile(list, "Joined", count(swarm.joins), "peers that came, or came back");
+  tile(list, "Left", count(swarm.departures.left), "peers that said so");
+  tile(list, "Lost", count(swarm.departures.lost), "peers that fell silent");
 }

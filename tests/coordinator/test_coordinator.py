@@ -146,7 +146,12 @@ def test_bad_input_is_found_without_torch() -> None:
 def test_it_stops_at_a_signal_and_comes_back_as_the_same_node(coordinator, enrolment: EnrolReply,
                                                               state_dir: Path) -> None:
     process, before = coordinator
-    assert stop(process, signal.SIGTERM) == 0
+    with httpx.stream("GET", f"{before['dashboard_url']}api/events", timeout=30) as watched:
+        events = watched.iter_lines()
+        until(lambda: next(events) == "id: 2", "a second reading")
+        assert stop(process, signal.SIGTERM) == 0
+        # The stream ends rather than being cut, which would raise.
+        assert [line for line in events if line][-1].startswith("data: ")
     ports = {"p2p_port": int(enrolment.initial_peers[0].split("/")[4]), "grpc_port": parse_link(before["link"]).port,
              "http_port": httpx.URL(before["dashboard_url"]).port}
     again = run(state_dir, ports)

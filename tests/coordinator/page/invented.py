@@ -1,0 +1,100 @@
+"""An invented swarm with a past, and a coordinator's HTTP over it that can be stopped and started again."""
+
+import asyncio
+import math
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from averaging.records import PeerRecord, Rounds
+from coordinator.events import Feed
+from coordinator.history import History, remember
+from coordinator.http import coordinator_app, serve_http
+from coordinator.metrics import coordinator_registry
+from coordinator.swarm import Counters, Peer, SwarmState
+from coordinator.view import About, swarm_json
+
+NAMES = ("ada", "grace", "hedy-lab", "katherine", "mary", "radia", "lynn-01", "lynn-02", "barbara", "joan")
+DEVICES = ("NVIDIA H200", "NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 3060", "cpu")
+BEAT_SECONDS = 0.2  # between two readings that the page gets
+
+
+class Site:
+    """What the server shows: `state` and `history`, read every BEAT_SECONDS as a coordinator reads them."""
+
+    def __init__(self, about: About, state: SwarmState, history: History | None = None) -> None:
+        self.about, self.port = about, 0
+        self.show(state, history)
+
+    def show(self, state: SwarmState, history: History | None = None) -> None:
+        """From the next reading on. Without a `history`, that of this one state."""
+        self.state, self.history = state, history or (remember(History(), state) if state.time else History())
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @contextmanager
+    def served(self) -> Iterator[None]:
+        """Answer on `port`, the first time any free one, until the context ends."""
+        ready, stop = threading.Event(), threading.Event()
+        thread = threading.Thread(target=lambda: asyncio.run(self._serve(ready, stop)))
+        thread.start()
+        try:
+            assert ready.wait(30)
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    async def _serve(self, ready: threading.Event, stop: threading.Event) -> None:
+        feed = Feed(self._newest())
+        app = coordinator_app(lambda: self.state, self.about, coordinator_registry(lambda: self.state, self.about),
+                              history=lambda: self.history, feed=feed, clock=lambda: self.state.time)
+        async with serve_http(app, "127.0.0.1", self.port) as self.port:
+            ready.set()
+            while not stop.is_set():
+                await asyncio.sleep(BEAT_SECONDS)
+                feed.publish(self._newest())
+            feed.close()
+
+    def _newest(self) -> dict[str, object]:
+        return swarm_json(self.state, self.about, self.state.time)
+
+
+def lively(hours: float = 30.0) -> tuple[SwarmState, History]:
+    """A swarm of ten after some hours of training, with churn, failed rounds and a short outage."""
+    now, chance, steps = time.time(), random.Random(5), 1500
+    state, history, averaged, failed = SwarmState(), History(), 0, 0
+    for step in range(steps):
+        share = step / (steps - 1)
+        if 0.55 < share < 0.57:  # the coordinator could not read
+            continue
+        here = max(2, round(len(NAMES) * (0.35 + 0.65 * min(1, share * 1.4)) - 2.5 * (0.3 < share < 0.36)))
+        rough = share > 0.3 and chance.random() < 0.05
+        averaged, failed = averaged + here // 2, failed + 2 * rough
+        epoch = int(share * 412)
+        when = now - (1 - share) * hours * 3600
+        peers = [_peer(i, epoch, when, chance) for i in range(here)]
+        state = SwarmState(
+            time=when, peers={peer.record.peer_id: peer for peer in peers}, epoch=epoch, joins=23, left=9, lost=4,
+            counters=Counters(round(share * 412 * 8192), Rounds(averaged, failed, alone=min(40, step))))
+        history = remember(history, state)
+    return state, history
+
+
+def _peer(number: int, epoch: int, when: float, chance: random.Random) -> Peer:
+    loss = 6.2 * math.exp(-epoch / 90) + 2.1 + chance.gauss(0, 0.04)
+    speed = (900.0, 410.0, 130.0, 9.5)[number % 4] * chance.uniform(0.93, 1.07)
+    record = PeerRecord(
+        peer_id=f"12D3Koo{number:04d}", name=NAMES[number], state="training", epoch=epoch,
+        samples_accumulated=round(speed * 0.9), samples_total=epoch * 800, samples_per_second=speed,
+        loss=loss if epoch else None, group_size=4, version="0.1.0", device=DEVICES[number % 4],
+        client_mode=number % 3 == 2, time=when, sketch=b"")
+    if number == len(NAMES) - 1:
+        record = replace(record, state="starting", samples_per_second=0.0, samples_accumulated=0, loss=None,
+                         group_size=0)
+    return Peer(record, when - chance.uniform(0.5, 6))

@@ -1,0 +1,122 @@
+"""The status page in a real browser: what it shows is what the JSON says, of friends and of strangers."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+from chromium import DRAWN, FIRST, ROWS, TILES, WARNED, Tab
+from invented import Site
+
+from averaging.records import PeerRecord
+from coordinator.swarm import Peer, SwarmState
+
+
+def test_the_figures_are_those_of_the_json(tab: Tab, lively_site: Site) -> None:
+    tab.open(lively_site.url)
+    tab.wait(FIRST, "figures")
+    swarm = httpx.get(f"{lively_site.url}/api/swarm").json()
+    shown = {name: texts[0] for name, texts in tab.js(TILES).items()}
+    assert shown == {
+        "Epoch": f"{swarm['epoch']:,}", "Next epoch": f"in {swarm['seconds_to_next_epoch']:.0f} s",
+        "Loss": f"{swarm['loss']:.4f}", "Samples/s": f"{swarm['samples_per_second']:,.1f}",
+        "Peers": str(len(swarm["peers"])), "Group size": str(swarm["group_size"]),
+        "Averaged": f"{swarm['rounds']['averaged']:,}",
+        "Failed": f"{swarm['rounds']['failed']:,}", "Alone": f"{swarm['rounds']['alone']:,}",
+        "Joined": str(swarm["joins"]), "Left": str(swarm["departures"]["left"]),
+        "Lost": str(swarm["departures"]["lost"])}
+    assert tab.js(TILES)["Next epoch"][1] == f"{swarm['epoch_samples']:,} of 8,192 samples"
+    assert f"of at most {swarm['target_group_size']}" in tab.text("#tiles")
+    assert [row[0] for row in tab.js(ROWS)] == sorted(peer["name"] for peer in swarm["peers"])
+    assert {row[0]: row[1:] for row in tab.js(ROWS)} == {peer["name"]: _row(peer) for peer in swarm["peers"]}
+
+
+def _row(peer: dict[str, Any]) -> list[str]:
+    loss = "–" if peer["loss"] is None else f"{peer['loss']:.4f}"
+    return [peer["state"], f"{peer['epoch']:,}", f"{peer['samples_accumulated']:,}",
+            f"{peer['samples_per_second']:,.1f}", loss, str(peer["group_size"]),
+            f"{peer['last_seen_seconds']:.0f} s ago", peer["device"], peer["version"], peer["mode"]]
+
+
+def test_the_charts_have_the_points_of_the_history(tab: Tab, lively_site: Site) -> None:
+    tab.open(lively_site.url)
+    tab.wait(DRAWN, "four charts")
+    history = httpx.get(f"{lively_site.url}/api/history").json()
+    drawn = tab.js("document.querySelector('#chart-loss .chart').data[0].y")
+    assert drawn == history["over_epochs"]["loss"]
+    speeds = tab.js("document.querySelector('#chart-speed .chart').data[0].y")
+    assert [speed for speed in speeds if speed is not None] == history["over_time"]["samples_per_second"]
+    assert speeds.count(None) == 1  # the outage is a hole, not a line
+    bars = tab.js("document.querySelector('#chart-rounds .chart').data.map((trace) => trace.y)")
+    assert [sum(bar) for bar in bars] == [history["over_time"][outcome][-1]
+                                          for outcome in ("averaged", "failed", "alone")]
+    words = tab.text("#chart-loss figcaption")
+    assert f"now {history['over_epochs']['loss'][-1]:.4f}, lowest {min(drawn[1:]):.4f} (epoch " in words
+
+
+def test_it_loads_nothing_from_afar_and_nothing_is_refused(tab: Tab, lively_site: Site) -> None:
+    tab.open(lively_site.url)
+    tab.wait(DRAWN, "four charts")
+    hosts = {re.sub(r"^(\w+://[^/]*)/.*", r"\1", event["request"]["url"])
+             for event in tab.told("Network.requestWillBeSent")}
+    assert hosts - {"about:blank"} == {lively_site.url}
+    assert tab.complaints() == []
+
+
+HOSTILE = ("<script>window.ran = 1</script>", "<img src=x onerror='window.ran = 1'>", "</th><svg onload=window.ran=1>",
+           "javascript:window.ran=1", "&lt;b&gt;${window.ran=1}")
+
+
+def test_what_volunteers_sign_is_text_and_runs_nothing(tab: Tab, site: Site, state: SwarmState, now: float,
+                                                       record: Callable[..., PeerRecord]) -> None:
+    peers = {f"12D3{i}": Peer(record(f"12D3{i}", name=name, device=name, version=name), now)
+             for i, name in enumerate(HOSTILE)}
+    site.show(replace(state, peers=peers))
+    tab.open(site.url)
+    tab.wait(f"{ROWS}.length === {len(HOSTILE)}", "a row for each")
+    tab.wait(DRAWN, "the charts")
+    assert sorted((row[0], row[8], row[9]) for row in tab.js(ROWS)) == sorted((name,) * 3 for name in HOSTILE)
+    assert tab.js("typeof window.ran") == "undefined"
+    assert tab.js("document.querySelectorAll('main script, main img, main [onerror], main [onload]').length") == 0
+    assert tab.complaints() == []
+
+
+def test_an_empty_swarm_says_what_is_missing(tab: Tab, site: Site, now: float) -> None:
+    site.show(SwarmState(time=now))
+    tab.open(site.url)
+    tab.wait(FIRST, "figures")
+    tab.wait("document.querySelector('#chart-loss figcaption').innerText !== ''", "the history")
+    page = tab.text("main")
+    for missing in ("No peer is here. Start one", "no peer is here", "known after the first epoch",
+                    "known after the first round", "No epoch has ended yet", "Nobody has trained yet",
+                    "No peer has been here yet", "No round of averaging has ended yet."):
+        assert missing in page
+    assert not re.search(r"NaN|undefined|null|Invalid", page)
+
+
+def test_before_the_first_reading_it_says_so(tab: Tab, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coordinator.view.FRESH_SECONDS", -1.0)
+    site.show(SwarmState())
+    tab.open(site.url)
+    tab.wait(WARNED, "a notice")
+    assert tab.text("#notice") == "The DHT has not been read yet."
+
+
+def test_an_old_reading_is_called_old(tab: Tab, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coordinator.view.FRESH_SECONDS", -1.0)
+    tab.open(site.url)
+    tab.wait(WARNED, "a notice")
+    assert tab.text("#notice") == "The coordinator could not read the DHT lately: these figures are old."
+
+
+def test_figures_and_tables_do_without_the_chart_library(tab: Tab, lively_site: Site) -> None:
+    tab.call("Network.setBlockedURLs", urls=["*plotly*"])
+    try:
+        tab.open(lively_site.url)
+        tab.wait("!document.getElementById('charts-missing').hidden", "a word on the charts")
+        tab.wait(f"{ROWS}.length === 10 && {TILES}.Epoch[0] === '412'", "the figures")
+        tab.wait("document.querySelector('#chart-loss figcaption').innerText.startsWith('Loss: now')", "the gist")
+    finally:
+        tab.call("Network.setBlockedURLs", urls=[])
