@@ -129,10 +129,9 @@ export function charts(container, missing) {
     document.querySelectorAll("#charts svg, svg#js-plotly-tester").forEach((svg) => { svg.ariaHidden = "true"; });
   };
 
-  const script = make("script", { src: "/static/plotly.min.js", async: true });
-  script.onload = () => { loaded = "Plotly" in globalThis; missing.hidden = loaded; if (last) draw(...last); };
-  script.onerror = () => { missing.hidden = false; };
-  document.head.append(script);
+  const library = document.getElementById("plotly"); // deferred, and after us: it has neither loaded nor failed yet
+  library.onload = () => { loaded = "Plotly" in globalThis; missing.hidden = loaded; if (last) draw(...last); };
+  library.onerror = () => { missing.hidden = false; };
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { if (last) draw(...last); });
   return draw;
 }

@@ -1,7 +1,7 @@
 // The swarm's newest reading, by server-sent events, and right again after an outage of any kind.
 
 const PATIENCE = 5000; // milliseconds without a reading, after which the figures are called old
-const HALF_OPEN = 15000; // a connection silent for that long is dead, though nobody said so
+const HALF_OPEN = 10000; // a connection silent for that long is dead, though nobody said so
 const POLLED = 10000; // between two readings when the coordinator has no place for another live viewer
 
 // Calls show(swarm) at every reading, and each second status(state, milliseconds since the last), of which the state is

@@ -23,10 +23,13 @@ BEAT_SECONDS = 0.2  # between two readings that the page gets
 
 
 class Site:
-    """What the server shows: `state` and `history`, read every BEAT_SECONDS as a coordinator reads them."""
+    """What the server shows: `state` and `history`, read every BEAT_SECONDS as a coordinator reads them.
+
+    While it is `silent` it sends nothing to the `viewers` that it has.
+    """
 
     def __init__(self, about: About, state: SwarmState, history: History | None = None) -> None:
-        self.about, self.port = about, 0
+        self.about, self.port, self.silent, self.viewers = about, 0, False, 0
         self.show(state, history)
 
     def show(self, state: SwarmState, history: History | None = None) -> None:
@@ -58,7 +61,9 @@ class Site:
             ready.set()
             while not stop.is_set():
                 await asyncio.sleep(BEAT_SECONDS)
-                feed.publish(self._newest())
+                self.viewers = feed.viewers
+                if not self.silent:
+                    feed.publish(self._newest())
             feed.close()
 
     def _newest(self) -> dict[str, object]:

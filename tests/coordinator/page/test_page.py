@@ -59,6 +59,10 @@ def test_the_charts_have_the_points_of_the_history(tab: Tab, lively_site: Site) 
 def test_it_loads_nothing_from_afar_and_nothing_is_refused(tab: Tab, lively_site: Site) -> None:
     tab.open(lively_site.url)
     tab.wait(DRAWN, "four charts")
+    x, y = tab.js("(({x, y, width}) => [x + width / 2, y + 80])"
+                  "(document.querySelector('#chart-speed .chart').getBoundingClientRect())")
+    tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    tab.wait("/, \\d\\d:\\d\\d/.test(document.querySelector('#chart-speed .hoverlayer').textContent)", "a chart's tip")
     hosts = {re.sub(r"^(\w+://[^/]*)/.*", r"\1", event["request"]["url"])
              for event in tab.told("Network.requestWillBeSent")}
     assert hosts - {"about:blank"} == {lively_site.url}

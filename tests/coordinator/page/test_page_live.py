@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from chromium import FIRST, LIVE, TILES, WARNED, Tab
 from invented import Site
+from processes import until
 
 import coordinator.events
 from coordinator.swarm import SwarmState
@@ -44,3 +45,29 @@ def test_a_viewer_too_many_is_served_by_reading_the_json(
     assert tab.js(f"{TILES}.Epoch[0]") == "7"
     monkeypatch.undo()
     tab.wait(LIVE, "a live connection as soon as there is a place", seconds=20)
+
+
+def test_a_connection_that_fell_silent_is_said_to_be_and_is_made_anew(tab: Tab, site: Site) -> None:
+    tab.open(site.url)
+    tab.wait(f"{FIRST} && {LIVE}", "figures")
+    site.silent = True
+    tab.wait(WARNED, "a notice")
+    tab.wait(LIVE, "what a new connection says first", seconds=30)
+    asked = [event["request"]["url"] for event in tab.told("Network.requestWillBeSent")]
+    assert asked.count(f"{site.url}/api/events") == 2
+
+
+def test_who_does_not_look_holds_no_connection_and_sees_the_newest_on_coming_back(tab: Tab, site: Site,
+                                                                                  state: SwarmState) -> None:
+    tab.open(site.url)
+    tab.wait(f"{FIRST} && {LIVE}", "figures")
+    until(lambda: site.viewers == 1, "a viewer")
+    tab.js(SEEN % "true")
+    until(lambda: site.viewers == 0, "nobody who follows")
+    site.show(replace(state, epoch=8))
+    tab.js(SEEN % "false")
+    tab.wait(f"{TILES}.Epoch[0] === '8' && {LIVE}", "the newest figures", seconds=5)
+
+
+SEEN = """Object.defineProperty(document, "hidden", {value: %s, configurable: true});
+          document.dispatchEvent(new Event("visibilitychange"))"""
