@@ -78,10 +78,9 @@ function traces(chart, history, target) {
     return chart.bars.map(([field, name, ink]) =>
       ({ ...xy(growth(history, field)), name, type: "bar", marker: { color: colour(ink) } }));
   }
-  const dashes = ["solid", "dash"];
   const lines = chart.lines.map(([field, name, ink], index) => ({ ...xy(points(chart, history, field)), name,
     type: "scatter", mode: history[chart.series].time.length < FEW ? "lines+markers" : "lines", marker: { size: 5 },
-    line: { color: colour(ink), width: 2, dash: dashes[index] } }));
+    line: { color: colour(ink), width: index ? 1.2 : 2.2 } }));
   const { [chart.axis]: keys } = history[chart.series];
   const goal = { ...xy([[keys[0], target], [keys[keys.length - 1], target]]), name: "Group target", type: "scatter",
     mode: "lines", line: { color: colour("third"), width: 1, dash: "dot" } };

@@ -19,6 +19,7 @@ from coordinator.view import About, swarm_json
 
 NAMES = ("ada", "grace", "hedy-lab", "katherine", "mary", "radia", "lynn-01", "lynn-02", "barbara", "joan")
 DEVICES = ("NVIDIA H200", "NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 3060", "cpu")
+TARGET = 65536  # samples per epoch
 BEAT_SECONDS = 0.2  # between two readings that the page gets
 
 
@@ -83,21 +84,22 @@ def lively(hours: float = 30.0) -> tuple[SwarmState, History]:
         averaged, failed = averaged + here // 2, failed + 2 * rough
         epoch = int(share * 412)
         when = now - (1 - share) * hours * 3600
-        peers = [_peer(i, epoch, when, chance) for i in range(here)]
+        group = min(here, 3 + (step // 70 % 7 > 0))
+        peers = [_peer(i, epoch, group, when, chance) for i in range(here)]
         state = SwarmState(
             time=when, peers={peer.record.peer_id: peer for peer in peers}, epoch=epoch, joins=23, left=9, lost=4,
-            counters=Counters(round(share * 412 * 8192), Rounds(averaged, failed, alone=min(40, step))))
+            counters=Counters(round(share * 412 * TARGET), Rounds(averaged, failed, alone=min(40, step))))
         history = remember(history, state)
     return state, history
 
 
-def _peer(number: int, epoch: int, when: float, chance: random.Random) -> Peer:
+def _peer(number: int, epoch: int, group: int, when: float, chance: random.Random) -> Peer:
     loss = 6.2 * math.exp(-epoch / 90) + 2.1 + chance.gauss(0, 0.04)
-    speed = (900.0, 410.0, 130.0, 9.5)[number % 4] * chance.uniform(0.93, 1.07)
+    speed = (90.0, 41.0, 13.0, 0.9)[number % 4] * chance.uniform(0.93, 1.07)
     record = PeerRecord(
         peer_id=f"12D3Koo{number:04d}", name=NAMES[number], state="training", epoch=epoch,
-        samples_accumulated=round(speed * 0.9), samples_total=epoch * 800, samples_per_second=speed,
-        loss=loss if epoch else None, group_size=4, version="0.1.0", device=DEVICES[number % 4],
+        samples_accumulated=round(speed * 100), samples_total=epoch * 6000, samples_per_second=speed,
+        loss=loss if epoch else None, group_size=group, version="0.1.0", device=DEVICES[number % 4],
         client_mode=number % 3 == 2, time=when, sketch=b"")
     if number == len(NAMES) - 1:
         record = replace(record, state="starting", samples_per_second=0.0, samples_accumulated=0, loss=None,

@@ -1,16 +1,19 @@
-"""`python tests/coordinator/page/screenshots.py FOLDER`: what the status page looks like, to be looked at."""
+"""What the status page looks like, to be looked at; `status_page.png` is the one in docs/.
+
+    PYTHONPATH=.:tests python tests/coordinator/page/screenshots.py FOLDER
+"""
 
 import sys
 from pathlib import Path
 
 from chromium import DRAWN, chromium_tab
-from invented import Site, lively
+from invented import TARGET, Site, lively
 
 from coordinator.swarm import SwarmState
 from coordinator.view import About
 
 ABOUT = About(run_id="resnet50-swav-0123456789ab", link="covey://swarm.example.org:31338/resnet50-swav-0123456789ab",
-              version="0.1.0", target_batch_size=8192, target_group_size=4, averaged="gradients")
+              version="0.1.0", target_batch_size=TARGET, target_group_size=4, averaged="gradients")
 LOOKS = {"light": (1200, False, False), "dark": (1200, True, False), "phone": (360, False, True),
          "phone_dark": (360, True, True)}
 
@@ -24,8 +27,11 @@ def main(folder: Path) -> None:
             tab.open(site.url)
             tab.wait(DRAWN, "the charts")
             tab.screenshot(folder / f"{name}.png", whole=True)
+        tab.look(1200, 960)
+        tab.open(site.url)
+        tab.wait(DRAWN, "the charts")
+        tab.screenshot(folder / "status_page.png")
         site.show(SwarmState(time=site.state.time))
-        tab.look(1200, 800)
         tab.open(site.url)
         tab.wait("document.querySelector('#chart-loss figcaption')?.innerText", "the empty page")
         tab.screenshot(folder / "empty.png", whole=True)

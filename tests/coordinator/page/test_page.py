@@ -18,16 +18,17 @@ def test_the_figures_are_those_of_the_json(tab: Tab, lively_site: Site) -> None:
     tab.open(lively_site.url)
     tab.wait(FIRST, "figures")
     swarm = httpx.get(f"{lively_site.url}/api/swarm").json()
+    minutes, seconds = divmod(round(swarm["seconds_to_next_epoch"]), 60)
     shown = {name: texts[0] for name, texts in tab.js(TILES).items()}
     assert shown == {
-        "Epoch": f"{swarm['epoch']:,}", "Next epoch": f"in {swarm['seconds_to_next_epoch']:.0f} s",
+        "Epoch": f"{swarm['epoch']:,}", "Next epoch": f"in {minutes} min {seconds} s",
         "Loss": f"{swarm['loss']:.4f}", "Samples/s": f"{swarm['samples_per_second']:,.1f}",
         "Peers": str(len(swarm["peers"])), "Group size": str(swarm["group_size"]),
         "Averaged": f"{swarm['rounds']['averaged']:,}",
         "Failed": f"{swarm['rounds']['failed']:,}", "Alone": f"{swarm['rounds']['alone']:,}",
         "Joined": str(swarm["joins"]), "Left": str(swarm["departures"]["left"]),
         "Lost": str(swarm["departures"]["lost"])}
-    assert tab.js(TILES)["Next epoch"][1] == f"{swarm['epoch_samples']:,} of 8,192 samples"
+    assert tab.js(TILES)["Next epoch"][1] == f"{swarm['epoch_samples']:,} of 65,536 samples"
     assert f"of at most {swarm['target_group_size']}" in tab.text("#tiles")
     assert [row[0] for row in tab.js(ROWS)] == sorted(peer["name"] for peer in swarm["peers"])
     assert {row[0]: row[1:] for row in tab.js(ROWS)} == {peer["name"]: _row(peer) for peer in swarm["peers"]}
