@@ -73,4 +73,6 @@ async def events(feed: Feed, request: Request) -> Response:
     if feed.viewers >= MOST_VIEWERS:
         return PlainTextResponse(f"{MOST_VIEWERS} viewers follow live already; read /api/swarm, or come back later\n",
                                  status_code=503, headers={**NO_STORE, "Retry-After": "10"})
+    if request.method == "HEAD":  # who asks for no body would wait for ever for its end
+        return Response(headers=NO_STORE, media_type="text/event-stream")
     return EventStream(feed)

@@ -166,3 +166,12 @@ def test_streams_end_with_the_feed(serve: Serve) -> None:
         await until(lambda: feed.viewers == 0)
 
     serve(check)
+
+
+def test_who_asks_for_no_body_is_answered_and_is_no_viewer(serve: Serve) -> None:
+    async def check(url: str, feed: Feed) -> None:
+        async with httpx.AsyncClient() as client:
+            answer = await client.head(f"{url}/api/events", timeout=5)
+            assert (answer.status_code, feed.viewers) == (200, 0)
+
+    serve(check)

@@ -88,6 +88,16 @@ def test_what_volunteers_sign_is_text_and_runs_nothing(tab: Tab, site: Site, sta
     assert tab.complaints() == []
 
 
+def test_of_very_many_peers_it_shows_the_first_and_says_so(tab: Tab, site: Site, state: SwarmState, now: float,
+                                                           record: Callable[..., PeerRecord]) -> None:
+    site.show(replace(state, peers={f"{i:04d}": Peer(record(f"{i:04d}"), now) for i in range(1000)}))
+    tab.open(site.url)
+    tab.wait(f"{ROWS}.length === 300", "rows")
+    assert [tab.js(ROWS)[row][0] for row in (0, 299)] == ["0000", "0299"]
+    assert tab.text("#peers-more") == "The first 300 of 1,000; the JSON has all."
+    assert tab.js(TILES)["Peers"][0] == "1,000"
+
+
 def test_an_empty_swarm_says_what_is_missing(tab: Tab, site: Site, now: float) -> None:
     site.show(SwarmState(time=now))
     tab.open(site.url)
