@@ -12,26 +12,19 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
-from hashlib import sha256
 from time import time
 from typing import Protocol
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey as RSAKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from google.protobuf.message import DecodeError
-from hivemind.p2p import PeerID
-from hivemind.proto import crypto_pb2
 from hivemind.proto.auth_pb2 import AccessToken
 from hivemind.utils.auth import TokenAuthorizerBase
 from hivemind.utils.crypto import RSAPrivateKey, RSAPublicKey
 
+from averaging.identity import peer_id_of
 from training.errors import BadInput
 
 RENEW_SECONDS = 120.0
 LONGEST_TOKEN = 4096  # bytes; one of RSA keys of 2048 bits has about 800
-LONGEST_KEY = 1024    # bytes, in OpenSSH's format; one of 4096 bits has 724
-SHA2_256 = b"\x12\x20"  # multihash: this function, 32 bytes
 
 
 class Authoriser(Protocol):
@@ -60,13 +53,16 @@ class MemberAuthoriser(TokenAuthorizerBase):  # type: ignore[misc]  # hivemind i
 
     `key` is this peer's identity. `authority` is the authority's public key as RSAPublicKey.to_bytes gives it.
     `read_token` returns this peer's newest token; it is called again, in whichever process needs it, when the last one
-    is about to expire, and must neither wait nor raise. Once expired, others refuse this peer. To be forked, not
-    pickled. Raises BadInput if the first token is not good.
+    is about to expire, and must neither wait nor raise. Once expired, others refuse this peer. `is_banned` says of a
+    peer id whether the authority has banned it, and is asked at each call. To be forked, not pickled. Raises BadInput
+    if the first token is not good.
     """
 
-    def __init__(self, key: RSAPrivateKey, *, authority: bytes, run_id: str, read_token: Callable[[], bytes]) -> None:
+    def __init__(self, key: RSAPrivateKey, *, authority: bytes, run_id: str, read_token: Callable[[], bytes],
+                 is_banned: Callable[[str], bool] = lambda _: False) -> None:
         super().__init__(key)
         self._authority, self._run_id, self._read_token = authority, run_id, read_token
+        self._is_banned = is_banned
         self._own_token = read_token()
         if refusal := self.refusal(peer_id_of(self.local_public_key.to_bytes()), self._own_token):
             raise BadInput(f"this peer's access token: {refusal}", expected=f"a token of run {run_id} for this peer",
@@ -91,6 +87,8 @@ class MemberAuthoriser(TokenAuthorizerBase):  # type: ignore[misc]  # hivemind i
             return str(error)
         if owner != peer_id:
             return "token of another peer"
+        if self._is_banned(peer_id):
+            return "banned"
         return "token expired" if expires <= time() else None
 
     async def refresh_token_if_needed(self) -> None:
@@ -108,10 +106,10 @@ class MemberAuthoriser(TokenAuthorizerBase):  # type: ignore[misc]  # hivemind i
     def is_token_valid(self, access_token: AccessToken) -> bool:
         """hivemind's question; it then checks that the request is signed by the token's key."""
         try:
-            _, expires = _verified(access_token.SerializeToString(), self._authority, self._run_id)
+            owner, expires = _verified(access_token.SerializeToString(), self._authority, self._run_id)
         except ValueError:
             return False
-        return expires > time()
+        return expires > time() and not self._is_banned(owner)
 
 
 def issue_token(authority: RSAPrivateKey, *, run_id: str, public_key: bytes, name: str, expires: datetime) -> bytes:
@@ -125,19 +123,6 @@ def issue_token(authority: RSAPrivateKey, *, run_id: str, public_key: bytes, nam
     token = AccessToken(username=name, public_key=public_key, expiration_time=expires.isoformat())
     token.signature = authority.sign(_signed_part(token, run_id))
     return bytes(token.SerializeToString())
-
-
-def peer_id_of(public_key: bytes) -> str:
-    """The libp2p peer id that belongs to an RSA key in OpenSSH's format, whoever sent it. ValueError if it is none."""
-    try:
-        key = load_ssh_public_key(public_key if len(public_key) <= LONGEST_KEY else b"")
-    except UnsupportedAlgorithm as error:
-        raise ValueError(str(error)) from None
-    if not isinstance(key, RSAKey):
-        raise ValueError("not an RSA key")
-    der = key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    public = crypto_pb2.PublicKey(key_type=crypto_pb2.RSA, data=der).SerializeToString()
-    return str(PeerID(SHA2_256 + sha256(public).digest()))
 
 
 @lru_cache(maxsize=4096)

@@ -1,7 +1,7 @@
 """The bulletin board: this peer's record, told to the swarm, and the others' records, read as often as is useful."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from threading import Condition, Thread
 from time import monotonic
@@ -22,10 +22,14 @@ log = logging.getLogger(__name__)
 class Bulletin:
     """Keeps `record` in the DHT, and what is there of others in `records()`. Any thread may use it.
 
+    Whoever `is_banned`, by peer id, is passed over.
+
     A thread of its own talks to the DHT; training waits for it never. A reading that fails leaves the last one.
     """
 
-    def __init__(self, dht: DHT, run_id: str, key: RSAPrivateKey, record: PeerRecord, config: Averaging) -> None:
+    def __init__(self, dht: DHT, run_id: str, key: RSAPrivateKey, record: PeerRecord, config: Averaging, *,
+                 is_banned: Callable[[str], bool] = lambda _: False) -> None:
+        self._is_banned = is_banned
         self._dht, self._run_id, self._key, self._config = dht, run_id, key, config
         self._record, self._others = record, tuple[PeerRecord, ...]()
         self._changed = Condition()
@@ -46,7 +50,8 @@ class Bulletin:
 
     def records(self) -> tuple[PeerRecord, ...]:
         """All live peers', as last read, or as seen in a round since; this peer's own is the newest."""
-        return (*map(self._as_seen, self._others), self._record)
+        return (*(self._as_seen(record) for record in self._others if not self._is_banned(record.peer_id)),
+                self._record)
 
     def present(self) -> tuple[PeerRecord, ...]:
         """Of `records`, less those who did not come to a round and have written nothing since."""

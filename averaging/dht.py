@@ -13,10 +13,10 @@ import hivemind
 import psutil
 from hivemind.dht.validation import RecordValidatorBase
 from hivemind.p2p import P2P
-from hivemind.proto import crypto_pb2
 from hivemind.utils.auth import AuthorizerBase
 from hivemind.utils.crypto import RSAPrivateKey
 
+from averaging.identity import open_key
 from averaging.pending_calls import mend_pending_calls
 from averaging.process import die_with_parent
 from averaging.runtime import libp2p_sockets, make_runtime_dir, remove_libp2p_sockets
@@ -86,10 +86,7 @@ def start_dht(*, identity_path: Path, host_maddrs: Sequence[str], initial_peers:
 
 
 def open_identity(identity_path: Path) -> RSAPrivateKey:
-    """The private key behind the peer id, made on first use. It signs this peer's records as well."""
-    if not identity_path.exists():
-        P2P.generate_identity(str(identity_path))
-    stored = crypto_pb2.PrivateKey.FromString(identity_path.read_bytes())
-    key = RSAPrivateKey.__new__(RSAPrivateKey)
-    key.__setstate__({"_private_key": stored.data})
+    """The private key behind the peer id, made on first use. It signs this peer's records as well. Raises BadInput."""
+    key = RSAPrivateKey.__new__(RSAPrivateKey)  # hivemind's makes a new one
+    key._private_key = open_key(identity_path)
     return key

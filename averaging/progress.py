@@ -11,7 +11,8 @@ from hivemind.dht.validation import RecordValidatorBase
 from hivemind.utils import ValueWithExpiration, get_dht_time
 from hivemind.utils.crypto import RSAPrivateKey
 
-from averaging.authorisation import peer_id_of
+from averaging.ban_records import BanValidator
+from averaging.identity import peer_id_of
 from averaging.records import PEER_STATES, PeerRecord, Rounds
 
 count = pydantic.conint(strict=True, ge=0, lt=2**63)
@@ -58,9 +59,12 @@ class PeersSchema(pydantic.BaseModel):
     peers: dict[BytesWithPublicKey, RecordSchema]
 
 
-def record_validators(run_id: str, key: RSAPrivateKey) -> list[RecordValidatorBase]:
-    """What every node of the experiment's DHT checks before it stores: schemas and signatures, under `key`."""
-    return [SchemaValidator(PeersSchema, prefix=run_id), RSASignatureValidator(key)]
+def record_validators(run_id: str, key: RSAPrivateKey, authority: bytes = b"") -> list[RecordValidatorBase]:
+    """What every node of the experiment's DHT checks before it stores: schemas, signatures, and who wrote the bans.
+
+    `key` is the node's own, by which its records are signed; `authority` the authority's public key, if there is one.
+    """
+    return [SchemaValidator(PeersSchema, prefix=run_id), RSASignatureValidator(key), BanValidator(authority, run_id)]
 
 
 def publish_record(dht: DHT, run_id: str, key: RSAPrivateKey, record: PeerRecord, *, lifetime_seconds: float) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from averaging.records import PeerRecord
 from coordinator.history import History, remember
@@ -15,15 +15,15 @@ logger = logging.getLogger("covey.coordinator")
 class SwarmFollower:
     """Keeps `state`, the newest state of the swarm, and `history`, what was read so far.
 
-    `read` returns the records or raises, and may block: it runs in a thread. `clock` gives Unix seconds. A
-    reading that fails leaves both as they were, the state with its time.
+    `read` returns the records or raises, and may block: it runs in a thread. `banned` gives the peer ids
+    that don't count, `clock` Unix seconds. A reading that fails leaves both as they were, the state with its time.
     """
 
     def __init__(self, read: Callable[[], Iterable[PeerRecord]], *, stale_seconds: float,
-                 clock: Callable[[], float] = time.time) -> None:
+                 banned: Callable[[], Collection[str]] = tuple, clock: Callable[[], float] = time.time) -> None:
         self.state, self.history = SwarmState(), History()
         self.readable = True
-        self._read, self._stale_seconds, self._clock = read, stale_seconds, clock
+        self._read, self._stale_seconds, self._banned, self._clock = read, stale_seconds, banned, clock
 
     async def refresh(self) -> None:
         """Read once."""
@@ -38,7 +38,7 @@ class SwarmFollower:
             logger.warning("the peers' records can be read again")
         self.readable = True
         before, self.state = self.state, observe(self.state, records, self._clock(),
-                                                 stale_seconds=self._stale_seconds)
+                                                 stale_seconds=self._stale_seconds, banned=self._banned())
         self.history = remember(self.history, self.state)
         _log_changes(before, self.state)
 

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from coordinator.connections import Connection
 from coordinator.events import NO_STORE, Feed, events
 from coordinator.history import History, columns
 from coordinator.page.assets import answer, asset, content_security_policy, document, static_files
@@ -98,7 +99,7 @@ async def serve_http(app: ASGIApp, host: str, port: int) -> AsyncIterator[int]:
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_SECONDS * 1000)
     server = _Server(uvicorn.Config(
         app, log_config=None, log_level="warning", access_log=False, lifespan="off", ws="none", headers=HEADERS,
-        server_header=False, limit_concurrency=256, timeout_graceful_shutdown=1))
+        server_header=False, limit_concurrency=512, http=Connection, timeout_graceful_shutdown=1))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield listener.getsockname()[1]

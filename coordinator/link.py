@@ -1,4 +1,8 @@
-"""The join link, `covey://HOST:PORT/RUN_ID`: where a coordinator answers, and for which experiment."""
+"""The join link: where a coordinator answers, for which experiment, by what certificate, and on whose invitation.
+
+`covey://HOST:PORT/RUN_ID/CERTIFICATE/INVITE`; no invite where anyone may join. No character of it means anything to a
+shell.
+"""
 
 import re
 from dataclasses import dataclass
@@ -6,17 +10,22 @@ from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from training.errors import BadInput
 
-SHAPE = "covey://HOST:PORT/RUN_ID"
+SHAPE = "covey://HOST:PORT/RUN_ID/CERTIFICATE/INVITE"
 MEND = "Copy the whole link that `covey coordinator` printed."
 
 
 @dataclass(frozen=True)
 class Link:
-    """`host` is a name or an IP address (IPv6 without brackets), `port` the coordinator's gRPC port."""
+    """`host` is a name or an IP address (IPv6 without brackets), `port` the coordinator's gRPC port.
+
+    `certificate` is its fingerprint (coordinator/tls.py), `invite` a code; empty: none.
+    """
 
     host: str
     port: int
     run_id: str
+    certificate: str
+    invite: str = ""
 
     @property
     def address(self) -> str:
@@ -24,7 +33,7 @@ class Link:
         return f"{bracketed(self.host)}:{self.port}"
 
     def __str__(self) -> str:
-        return f"covey://{self.address}/{self.run_id}"
+        return "/".join(filter(None, (f"covey://{self.address}", self.run_id, self.certificate, self.invite)))
 
 
 def bracketed(host: str) -> str:
@@ -42,7 +51,8 @@ def parse_link(text: str) -> Link:
         raise _malformed(text, str(error)) from None
     if complaint := _complaint(parts, port):
         raise _malformed(text, complaint)
-    return Link(host=parts.hostname or "", port=port or 0, run_id=parts.path[1:])
+    run_id, certificate, *invite = parts.path[1:].split("/")
+    return Link(parts.hostname or "", port or 0, run_id, certificate, *invite)
 
 
 def _complaint(parts: SplitResult, port: int | None) -> str | None:
@@ -53,7 +63,10 @@ def _complaint(parts: SplitResult, port: int | None) -> str | None:
         "its host has characters that no host has": not re.fullmatch(r"[\w.:-]+", host, re.ASCII),
         "it holds a user name or password": "@" in parts.netloc,
         "it has no port from 1 to 65535": not port,
-        "it has no run id of a-z, 0-9, - and _": not re.fullmatch(r"/[a-z0-9][a-z0-9_-]{0,63}", parts.path),
+        "it has no run id of a-z, 0-9, - and _": not re.match(r"/[a-z0-9][a-z0-9_-]{0,63}(/|$)", parts.path),
+        "it has no fingerprint of a certificate": not re.match(r"/[^/]*/[A-Za-z0-9_-]{43}(/|$)", parts.path),
+        "what stands behind the fingerprint is no invite": not re.fullmatch(
+            r"/[^/]*/[^/]*(/[A-Za-z0-9_-]{1,64})?", parts.path),
         f"this version knows no {', '.join(map(repr, unknown)) or 'query'}": bool(parts.query),
         "it goes on after '#'": bool(parts.fragment),
     }

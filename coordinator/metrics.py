@@ -2,8 +2,9 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from types import MappingProxyType
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -13,12 +14,15 @@ from averaging.records import PEER_MODES, PEER_STATES
 from coordinator.swarm import SwarmState
 from coordinator.view import About, is_fresh
 
+FAILURES = ("admin token", "banned", "clock", "invite", "key", "rate", "signature")  # of coordinator.authority
+
 
 class SwarmCollector(Collector):
     """`state()` as metric families. What changes from moment to moment is absent when the reading is old."""
 
-    def __init__(self, state: Callable[[], SwarmState], about: About, clock: Callable[[], float]) -> None:
-        self.state, self.about, self.clock = state, about, clock
+    def __init__(self, state: Callable[[], SwarmState], about: About, failures: Mapping[str, int],
+                 clock: Callable[[], float]) -> None:
+        self.state, self.about, self.failures, self.clock = state, about, failures, clock
 
     def collect(self) -> Iterator[Metric]:
         """One scrape."""
@@ -27,16 +31,24 @@ class SwarmCollector(Collector):
         yield _gauge("covey_target_batch_size", "Samples that make a collaborative epoch.",
                      self.about.target_batch_size)
         yield from _counters(state, self.about.averaged)
+        yield _failures(self.failures)
         if is_fresh(state, self.clock()):
             yield from _gauges(state)
 
 
-def coordinator_registry(state: Callable[[], SwarmState], about: About,
-                         clock: Callable[[], float] = time.time) -> CollectorRegistry:
-    """A registry of its own with the swarm's metrics; `clock` gives Unix seconds."""
+def coordinator_registry(state: Callable[[], SwarmState], about: About, clock: Callable[[], float] = time.time, *,
+                         failures: Mapping[str, int] = MappingProxyType({})) -> CollectorRegistry:
+    """A registry of its own with the swarm's metrics; `clock` gives Unix seconds, `failures` who was not let in."""
     registry = CollectorRegistry()
-    registry.register(SwarmCollector(state, about, clock))
+    registry.register(SwarmCollector(state, about, failures, clock))
     return registry
+
+
+def _failures(failures: Mapping[str, int]) -> Metric:
+    family = CounterMetricFamily("covey_auth_failures_total", "Calls that were not let in.", labels=["reason"])
+    for reason in FAILURES:
+        family.add_metric([reason], failures.get(reason, 0))
+    return family
 
 
 def _counters(state: SwarmState, kind: str) -> Iterator[Metric]:

@@ -1,51 +1,82 @@
 """The coordinator's DHT node: the swarm's first, always the same peer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Event, Thread
+from time import time
 
 import psutil
 from hivemind.p2p import P2PDaemonError
 
+from averaging.authorisation import MemberAuthoriser
+from averaging.ban_records import keep_bans, publish_bans
 from averaging.dht import DHT, open_identity, start_dht
+from averaging.known_peers import recall_peers, remember_peers
 from averaging.progress import read_records, record_validators
 from averaging.records import PeerRecord
+from coordinator.authority import TOKEN_SECONDS, Authority
 from coordinator.ports import multiaddress
 
+NAME = "coordinator"  # in its token
+RETURN_SECONDS = 15.0  # within which one of the peers that were there has to answer
 READ_SECONDS = 2.0  # that one reading of the records may take
 
 
 @dataclass(frozen=True)
 class Node:
-    """A running node: `read` gives the peers' records or raises, `is_alive` whether all its processes run."""
+    """A running node: `read` gives the peers' records or raises, `is_alive` whether all its processes run.
+
+    `remember`: keep these addresses for the next start. A thread keeps the authority's list of bans in the DHT.
+    """
 
     peer_id: str
     addresses: list[str]  # multiaddresses to reach it by
     read: Callable[[], list[PeerRecord]]
     is_alive: Callable[[], bool]
+    publish_bans: Callable[[], None]  # tell the DHT of the authority's list; returns at once
+    remember: Callable[[Iterable[str]], None]
 
 
 @contextmanager
-def running_node(run_id: str, folder: Path, host: str, announce_host: str | None, port: int) -> Iterator[Node]:
-    """A node with the identity in `folder`, at the IP address `host`, until the context ends.
+def running_node(run_id: str, authority: Authority, folder: Path, *, host: str, announce_host: str | None,
+                 port: int) -> Iterator[Node]:
+    """A node with the identity in `folder`, a member by `authority`, at the IP address `host`, until the context ends.
 
-    Exits with status 1 if it does not start.
+    It comes back to the peers that it knew when it last ran; if none of them answers, it is the first node again. Exits
+    with status 1 if it does not start.
     """
-    identity = folder / "identity.key"
+    identity, known_peers, over = folder / "identity.key", folder / "known_peers.json", Event()
+    key = open_identity(identity)
+    member = MemberAuthoriser(
+        key, authority=authority.public_key, run_id=run_id, is_banned=authority.ban_file.is_banned,
+        read_token=lambda: authority.issue(key.get_public_key().to_bytes(), NAME, time() + TOKEN_SECONDS))
+    start = partial(
+        start_dht, record_validators=record_validators(run_id, key, authority.public_key), identity_path=identity,
+        authorizer=member, host_maddrs=[multiaddress(host, port)],
+        announce_maddrs=[multiaddress(announce_host, port)] if announce_host else [])
     try:
-        dht = start_dht(
-            record_validators=record_validators(run_id, open_identity(identity)), identity_path=identity,
-            host_maddrs=[multiaddress(host, port)],
-            announce_maddrs=[multiaddress(announce_host, port)] if announce_host else [])
+        dht = _among(recall_peers(known_peers), start) or start()
     except (P2PDaemonError, TimeoutError) as error:
         raise SystemExit(f"covey: the DHT node at {host}:{port} did not start: {str(error) or 'too slow'}") from None
+    Thread(target=keep_bans, args=(dht, run_id, authority.ban_file, over), name="bans", daemon=True).start()
     try:
         yield Node(str(dht.peer_id), [str(address) for address in dht.get_visible_maddrs()],
-                   partial(read_records, dht, run_id, timeout=READ_SECONDS), _watch())
+                   partial(read_records, dht, run_id, timeout=READ_SECONDS), _watch(),
+                   partial(publish_bans, dht, run_id, authority.ban_file), partial(remember_peers, known_peers))
     finally:
+        over.set()
         _stop(dht)
+
+
+def _among(peers: list[str], start: Callable[..., DHT]) -> DHT | None:
+    """A node that knows these; None if there are none, or none answers."""
+    if peers:
+        with suppress(P2PDaemonError, TimeoutError, RuntimeError):
+            return start(initial_peers=peers, startup_timeout=RETURN_SECONDS)
+    return None
 
 
 def _watch() -> Callable[[], bool]:

@@ -4,7 +4,7 @@ A record says what its peer believes of itself. It is signed, so nobody else wro
 knows. In particular the epoch is the highest that any live peer claims.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import astuple, dataclass, field
 from math import isfinite, sqrt
 from struct import calcsize, unpack
@@ -87,23 +87,25 @@ class SwarmState:
         return [peer.record for peer in self.peers.values() if peer.record.state != "leaving"]
 
 
-def observe(previous: SwarmState, records: Iterable[PeerRecord], now: float, *,
-            stale_seconds: float) -> SwarmState:
+def observe(previous: SwarmState, records: Iterable[PeerRecord], now: float, *, stale_seconds: float,
+            banned: Collection[str] = ()) -> SwarmState:
     """What `previous` becomes when `records` were read from the DHT at `now` (Unix seconds), in any order.
 
     A peer is live while its newest record was first read at most `stale_seconds` ago. Its own clock counts at
     first sight only, so that a wrong one does no harm for long. That a record is missing from one reading
-    proves nothing: only silence does. Call it for readings only: who can't read has lost nobody.
+    proves nothing: only silence does. Call it for readings only: who can't read has lost nobody. Who is `banned`, by
+    peer id, is gone at once.
     """
     peers, gone, counters = dict(previous.peers), dict(previous.gone), previous.counters
-    for record in _newest(records):
+    for record in _newest(record for record in records if record.peer_id not in banned):
         known = peers.get(record.peer_id) or gone.get(record.peer_id)
         peer = Peer(record, now if known else min(now, record.time))
         if _is_news(record, known, now, stale_seconds) and _is_live(peer, now, stale_seconds):
             peers[record.peer_id] = peer
             gone.pop(record.peer_id, None)
             counters = _count(counters, known.record if known else None, record)
-    live = {peer_id: peer for peer_id, peer in sorted(peers.items()) if _is_live(peer, now, stale_seconds)}
+    live = {peer_id: peer for peer_id, peer in sorted(peers.items())
+            if _is_live(peer, now, stale_seconds) and peer_id not in banned}
     departed = {peer_id: peer for peer_id, peer in sorted(peers.items()) if peer_id not in live}
     left = sum(peer.record.state == "leaving" for peer in departed.values())
     return SwarmState(

@@ -6,6 +6,7 @@ from typing import Any
 
 from coordinator.swarm import Peer, SwarmState
 
+INVITE = "INVITE"  # in a link for all to see, where one's own has to stand
 FRESH_SECONDS = 30.0  # older readings tell nothing of the swarm as it is
 
 
@@ -14,7 +15,7 @@ class About:
     """What stays the same while a coordinator runs."""
 
     run_id: str
-    link: str
+    link: str  # without an invite that is good for anything
     version: str
     target_batch_size: int  # samples per collaborative epoch
     target_group_size: int  # peers per averaging group

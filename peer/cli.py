@@ -22,6 +22,10 @@ Result = TypeVar("Result")
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 shards = typer.Typer(no_args_is_help=True, help="Images as WebDataset tar shards.")
 app.add_typer(shards, name="shards")
+invite = typer.Typer(no_args_is_help=True, help="Who may enrol: the operator's invites.")
+app.add_typer(invite, name="invite")
+identity = typer.Typer(no_args_is_help=True, help="This volunteer's key and name, kept safe elsewhere.")
+app.add_typer(identity, name="identity")
 
 
 def main() -> None:
@@ -67,6 +71,12 @@ DataFolder = Annotated[Path | None, typer.Option("--data", help="Folder of image
 StateDir = Annotated[Path | None, typer.Option("--state-dir", help="The peer's; default: that of the only one here.")]
 
 
+CoordinatorLink = Annotated[str | None, typer.Option(
+    "--link", help="Of a coordinator far away; its admin token is read from COVEY_ADMIN_TOKEN.")]
+CoordinatorDir = Annotated[Path | None, typer.Option(
+    "--state-dir", help="The coordinator's; default: that of the only one here.")]
+
+
 @app.callback()
 def covey(version: Annotated[bool, typer.Option(
         "--version", callback=_show_version, is_eager=True, help="Print the version.")] = False) -> None:
@@ -98,6 +108,12 @@ def coordinator(
         port: Annotated[int, typer.Option(help="TCP port of libp2p; 0 for any free one")] = 31337,
         grpc_port: Annotated[int, typer.Option(help="TCP port of gRPC, which is in the link")] = 31338,
         http_port: Annotated[int, typer.Option(help="TCP port of the status page and /metrics")] = 31339,
+        is_open: Annotated[bool, typer.Option("--open", help="Let anyone enrol, without an invite.")] = False,
+        token_hours: Annotated[float | None, typer.Option(
+            min=0.001, help="that a volunteer stays a member while the coordinator is away; default: 720")] = None,
+        tls_cert: Annotated[Path | None, typer.Option(
+            help="your own certificate for gRPC, PEM; default: one is made")] = None,
+        tls_key: Annotated[Path | None, typer.Option(help="its key, PEM")] = None,
         as_json: Json = False) -> None:
     """Start the first node of an experiment; prints the join link and the status page's address."""
     from platformdirs import user_state_path
@@ -107,7 +123,8 @@ def coordinator(
     from coordinator.coordinator import run_coordinator
     run_coordinator(experiment, state_dir=state_dir or user_state_path("covey") / "coordinator" / run_id(experiment),
                     host=listen, announce_host=announce_host, p2p_port=port, grpc_port=grpc_port,
-                    http_port=http_port, json_output=as_json)
+                    http_port=http_port, is_open=is_open, token_hours=token_hours, tls_files=(tls_cert, tls_key),
+                    json_output=as_json)
 
 
 @app.command()
@@ -197,6 +214,90 @@ def plot(run_dir: Annotated[Path, typer.Argument(
     """Loss, accuracy and throughput of a run, as PNGs."""
     from peer.plot import plot as plot_run
     print(*plot_run(run_dir, out), sep="\n")
+
+
+@invite.command("create")
+def create_invite(
+        label: Annotated[str, typer.Argument(help="Whom it is for; shown to you only.")],
+        uses: Annotated[int | None, typer.Option(min=1, help="volunteers that may enrol with it; default: any")] = None,
+        expires: Annotated[str | None, typer.Option(help="from now, as in 90m, 12h, 7d; default: never")] = None,
+        link: CoordinatorLink = None, state_dir: CoordinatorDir = None, as_json: Json = False) -> None:
+    """Print a join link for others."""
+    import json
+    import time
+
+    from peer.operate import Operator, rows, seconds
+    until = time.time() + seconds(expires) if expires else None
+    created = _run(Operator(link, state_dir).create_invite(label, uses, until))
+    print(json.dumps(rows([created])[0]) if as_json else f"covey join {created.link}")
+
+
+@invite.command("list")
+def list_invites(link: CoordinatorLink = None, state_dir: CoordinatorDir = None, as_json: Json = False) -> None:
+    """All invites, the oldest first."""
+    import json
+
+    from rich.console import Console
+
+    from peer.operate import Operator, invites_table, rows
+    found = _run(Operator(link, state_dir).list_invites())
+    if as_json:
+        print(*map(json.dumps, rows(found)), sep="\n")
+    else:
+        Console().print(invites_table(found))
+
+
+@invite.command("revoke")
+def revoke_invite(code: Annotated[str, typer.Argument(metavar="CODE|LABEL")], link: CoordinatorLink = None,
+                  state_dir: CoordinatorDir = None) -> None:
+    """Nobody enrols with it any more; who has stays (see `covey ban`)."""
+    from peer.operate import Operator
+    revoked = _run(Operator(link, state_dir).revoke_invite(code))
+    print(f"{revoked.label} is revoked; {revoked.used} enrolled with it")
+
+
+@app.command()
+def members(link: CoordinatorLink = None, state_dir: CoordinatorDir = None, as_json: Json = False) -> None:
+    """All volunteers who have enrolled with a coordinator of yours."""
+    import json
+
+    from rich.console import Console
+
+    from peer.operate import Operator, members_table, rows
+    found = _run(Operator(link, state_dir).list_members())
+    if as_json:
+        print(*map(json.dumps, rows(found)), sep="\n")
+    else:
+        Console().print(members_table(found))
+
+
+@app.command()
+def ban(peer: Annotated[str, typer.Argument(help="Name or peer id of a member.")],
+        reason: Annotated[str, typer.Option(help="told to the one who is banned")] = "",
+        lift: Annotated[bool, typer.Option("--lift", help="Let it in again.")] = False,
+        link: CoordinatorLink = None, state_dir: CoordinatorDir = None) -> None:
+    """Put a volunteer out of the swarm: at the coordinator at once, at all peers within 30 seconds."""
+    from peer.operate import Operator
+    member = _run(Operator(link, state_dir).ban(peer, reason, lift=lift))
+    print(f"{member.name} ({member.peer_id}) is {'banned' if member.banned else 'a member again'}")
+
+
+@identity.command("export")
+def export_identity(file: Annotated[Path, typer.Argument(help="To write; it holds the private key.")],
+                    state_dir: StateDir = None) -> None:
+    """Copy this volunteer's key into a file, so that a lost disk is not a lost account."""
+    from peer.keep_identity import export_to
+    print(f"{file}: the identity of {export_to(file, state_dir)}; whoever has the file can take its place")
+
+
+@identity.command("import")
+def import_identity(file: Annotated[Path, typer.Argument(help="What `covey identity export` wrote.")],
+                    state_dir: Annotated[Path | None, typer.Option(
+                        help="the peer's; default: the one that `covey join` takes first")] = None) -> None:
+    """Bring the key back, before `covey join` on a new machine."""
+    from peer.keep_identity import import_from
+    peer_id, folder = import_from(file, state_dir)
+    print(f"{peer_id} is kept in {folder}: `covey join` goes on as that volunteer")
 
 
 @shards.command("make")

@@ -58,6 +58,16 @@ class PeerConfig(Machine):
         return self.state_dir / "identity.key"
 
     @property
+    def token_path(self) -> Path:
+        """What lets this peer into the swarm; renewed by the daemon, read by the worker."""
+        return self.state_dir / "token"
+
+    @property
+    def bans_path(self) -> Path:
+        """The authority's list of those who may take no part, the newest that this peer has heard of."""
+        return self.state_dir / "bans"
+
+    @property
     def known_peers(self) -> Path:
         """Other peers' addresses, for a start while the coordinator is away."""
         return self.state_dir / "known_peers.json"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from averaging.runtime import make_runtime_dir, runtime_path
+from averaging.runtime import make_runtime_dir, publish_socket, runtime_path, withdraw_socket
 from peer.supervisor import Supervisor
 from proto.peer_pb2 import LeaveReply, LeaveRequest, PeerStatus, PeerWatchRequest, StatusRequest
 from proto.peer_pb2_grpc import PeerServicer, add_PeerServicer_to_server
@@ -67,19 +67,9 @@ async def serve_control(supervisor: Supervisor, path: Path) -> AsyncIterator[Non
     draft = path.with_suffix(".new")
     server.add_insecure_port(f"unix:{draft}")
     await server.start()
-    _publish(draft, path)
+    publish_socket(draft, path)
     try:
         yield
     finally:
-        withdraw(path)
+        withdraw_socket(path)
         await server.stop(grace=0.5)
-
-
-def _publish(draft: Path, path: Path) -> None:
-    draft.chmod(0o600)
-    draft.replace(path)
-
-
-def withdraw(path: Path) -> None:
-    """Remove a socket that nobody serves any more."""
-    path.unlink(missing_ok=True)

@@ -8,19 +8,24 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from platformdirs import user_state_path
 
+from averaging.identity import open_key
 from coordinator.http import serve_http
 from coordinator.link import Link
 from coordinator.ports import free_port
 from coordinator.state_dir import open_state_dir
+from coordinator.tls import Unreachable
 from peer.config import PeerConfig
 from peer.control import serve_control, socket_path
-from peer.enrol import Enrolment, enrol
+from peer.enrol import Enrolment, enrol, recall
 from peer.http import peer_app
-from peer.job import Job, write_job
+from peer.job import Job, keep_membership, write_job
+from peer.membership import stay
 from peer.metrics import PeerMetrics
 from peer.recorder import Recorder
 from peer.supervisor import Backoff, Ending, Observer, Supervisor
@@ -41,24 +46,40 @@ async def volunteer(link: Link, options: Mapping[str, Any], observer: Observer) 
 
     Raises BadInput, leaving nothing behind, for what can be found wrong before the worker starts.
     """
-    enrolment = await enrol(link, options.get("name") or default_name(1))
-    with prepare(enrolment, options) as job:
-        observers = [observer, Recorder(job.config.state_dir)]
-        return await run_job(job, observers, [sys.executable, "-m", "peer.worker"])
+    _config(options, Path())
+    with hold_state_dir(link.run_id, options) as config:
+        key = open_key(config.identity_path)
+        enrolment = await enrol_or_recall(link, config, key)
+        job = prepare(enrolment, config)
+        renewing = asyncio.create_task(stay(link, key, job, enrolment))
+        try:
+            return await run_job(job, [observer, Recorder(config.state_dir)], [sys.executable, "-m", "peer.worker"])
+        finally:
+            renewing.cancel()
 
 
-@contextmanager
-def prepare(enrolment: Enrolment, options: Mapping[str, Any]) -> Iterator[Job]:
-    """The job, checked and written into its state directory, which is held meanwhile. Raises BadInput."""
-    _check(enrolment, _config(options, Path()))
-    with ExitStack() as held:
-        config = _hold_state_dir(held, enrolment.run_id, options)
-        job = Job(run_id=enrolment.run_id, fingerprint=enrolment.fingerprint, experiment=enrolment.document,
-                  initial_peers=list(enrolment.initial_peers), config=config)
-        write_job(job)
-        for warning in warnings(enrolment.experiment, config.batch_size):
-            print(f"covey: {warning}", file=sys.stderr)
-        yield job
+async def enrol_or_recall(link: Link, config: PeerConfig, key: RSAPrivateKey) -> Enrolment:
+    """Enrol; while the coordinator is away, who was a member goes on with what it said last. Raises BadInput."""
+    try:
+        return await enrol(link, config.name, key)
+    except Unreachable as error:
+        if (last := recall(link, config)) is None:
+            raise
+        print(f"covey: {error} Until then, this peer goes on with what it said last.", file=sys.stderr)
+        return last
+
+
+def prepare(enrolment: Enrolment, config: PeerConfig) -> Job:
+    """The job, checked and written into its state directory. Raises BadInput."""
+    _check(enrolment, config)
+    job = Job(run_id=enrolment.run_id, fingerprint=enrolment.fingerprint, experiment=enrolment.document,
+              authority=enrolment.authority.decode(), initial_peers=list(enrolment.initial_peers),
+              config=config.model_copy(update={"name": enrolment.name}))
+    keep_membership(job, enrolment.token, enrolment.bans)
+    write_job(job)
+    for warning in warnings(enrolment.experiment, config.batch_size):
+        print(f"covey: {warning}", file=sys.stderr)
+    return job
 
 
 def _check(enrolment: Enrolment, config: PeerConfig) -> None:
@@ -73,19 +94,37 @@ def _check(enrolment: Enrolment, config: PeerConfig) -> None:
         free_port(config.listen, config.port, "libp2p")
 
 
-def _hold_state_dir(held: ExitStack, run_id: str, options: Mapping[str, Any]) -> PeerConfig:
-    if options.get("state_dir"):
-        path = held.enter_context(open_state_dir(options["state_dir"], role="peer", run_id=run_id))
-        return _config(options, path)
+@contextmanager
+def hold_state_dir(run_id: str, options: Mapping[str, Any]) -> Iterator[PeerConfig]:
+    """Hold a state directory: the one in `options`, or the first of this machine's that is free.
+
+    Folders that were made here are removed again on BadInput, which passes through. Raises BadInput if there is none.
+    """
+    chosen = options.get("state_dir")
+    folders = [Path(chosen)] if chosen else [default_state_dir(run_id, number) for number in range(1, MOST_PEERS + 1)]
     refused: list[BadInput] = []
-    for number in range(1, MOST_PEERS + 1):
-        try:
-            path = held.enter_context(open_state_dir(default_state_dir(run_id, number), role="peer", run_id=run_id))
-        except BadInput as error:  # held by another peer of this machine
-            refused.append(error)
-        else:
-            return _config({"name": default_name(number), **options}, path)
+    for number, folder in enumerate(folders, 1):
+        made = _first_missing(folder.expanduser().absolute())
+        with ExitStack() as held:
+            try:
+                path = held.enter_context(open_state_dir(folder, role="peer", run_id=run_id))
+            except BadInput as error:  # held by another peer of this machine
+                refused.append(error)
+                continue
+            try:
+                yield _config({"name": default_name(number), **options}, path)
+            except BadInput:
+                if made:
+                    rmtree(made, ignore_errors=True)
+                raise
+            return
     raise refused[0]
+
+
+def _first_missing(path: Path) -> Path | None:
+    """The topmost folder that has to be made for `path`; None if it is there."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    return missing[-1] if missing else None
 
 
 def default_state_dir(run_id: str, number: int) -> Path:

@@ -1,6 +1,6 @@
-"""What a daemon hands to its worker, by two files in the state directory.
+"""What a daemon hands to its worker, by files in the state directory.
 
-The daemon writes `job.json` and `experiment.json`, then runs
+The daemon writes `job.json`, `experiment.json`, `token` and `bans`, renews the last two, and runs
 
     python -m peer.worker STATE_DIR --events-fd N --parent-pid PID
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from averaging.bans import BanFile
 from peer.config import PeerConfig
 from training.config import Config
 from training.errors import BadInput
@@ -25,6 +26,7 @@ class Job(Config):
 
     run_id: str = Field(description="the run: recipe name and the head of the fingerprint")
     fingerprint: str = Field(description="SHA-256 of `experiment`, hexadecimal")
+    authority: str = Field(description="public key of the run's authority, in OpenSSH's format")
     initial_peers: list[str] = Field(description="multiaddresses of DHT nodes to start from")
     experiment: bytes = Field(exclude=True, description="the experiment as canonical JSON: "
                               "averaging.experiment.parse() makes an Experiment of it")
@@ -45,6 +47,25 @@ def read_job(state_dir: Path) -> Job:
     except (OSError, ValueError, TypeError) as error:  # pydantic's ValidationError is a ValueError
         raise BadInput(f"{state_dir}: {error}", expected="a job that `covey join` left here",
                        mend="Start it by `covey join`.") from None
+
+
+def keep_membership(job: Job, token: bytes, bans: bytes) -> None:
+    """Put the token, and the authority's list of bans if it is newer, where the worker looks for them."""
+    _replace(job.config.token_path, token)
+    ban_file(job).offer(bans)
+
+
+def read_token(job: Job) -> bytes:
+    """The newest; empty if there is none."""
+    try:
+        return job.config.token_path.read_bytes()
+    except OSError:
+        return b""
+
+
+def ban_file(job: Job) -> BanFile:
+    """Whom the authority has banned."""
+    return BanFile(job.config.bans_path, job.authority.encode(), job.run_id)
 
 
 def _replace(path: Path, content: bytes) -> None:

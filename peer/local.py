@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from averaging.runtime import runtime_dir
-from peer.control import socket_path, withdraw
+from averaging.runtime import runtime_dir, withdraw_socket
+from peer.control import socket_path
 from proto.peer_pb2 import LeaveRequest, PeerStatus, StatusRequest
 from proto.peer_pb2_grpc import PeerStub
 from training.errors import BadInput
@@ -58,7 +58,7 @@ async def _status(socket: Path) -> PeerStatus | None:
             return await peer.Status(StatusRequest(), timeout=ANSWER_SECONDS)
     except grpc.aio.AioRpcError as error:
         if error.code() is grpc.StatusCode.UNAVAILABLE:
-            withdraw(socket)
+            withdraw_socket(socket)
         return None
 
 

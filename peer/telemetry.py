@@ -12,9 +12,9 @@ from threading import Event, Thread
 import torch
 
 from averaging.bulletin import Bulletin
+from averaging.known_peers import remember_peers
 from averaging.records import RoundEnd, StateLoad
 from peer.events import EventWriter
-from peer.known_peers import remember_peers
 from proto.peer_pb2 import WorkerEvent
 from training.data.sources import Source
 from training.loop import StepReport

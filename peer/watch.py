@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 
 from coordinator.link import MEND, Link
+from coordinator.tls import connect
 from peer.enrol import TIMEOUT_SECONDS, explain
 from peer.local import local_peers
 from peer.plain import plain
@@ -61,7 +62,7 @@ async def _show(link: Link | None, *, watch: bool, as_json: bool) -> None:
 
 async def _swarm(link: Link, watch: bool) -> AsyncIterator[View]:
     request = WatchRequest(interval_seconds=INTERVAL_SECONDS if watch else 0)
-    async with grpc.aio.insecure_channel(link.address) as channel:
+    async with await connect(link, timeout_seconds=TIMEOUT_SECONDS) as channel:
         call = CoordinatorStub(channel).Watch(request, timeout=None if watch else TIMEOUT_SECONDS)
         try:
             async for swarm in call:

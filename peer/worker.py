@@ -20,9 +20,12 @@ from pathlib import Path
 import torch
 from hivemind.utils import get_dht_time
 
+from averaging.authorisation import MemberAuthoriser
+from averaging.ban_records import keep_bans
 from averaging.bulletin import Bulletin
 from averaging.dht import DHT, open_identity, start_dht
 from averaging.experiment import Experiment, parse
+from averaging.known_peers import recall_peers
 from averaging.process import die_with_parent
 from averaging.progress import record_validators
 from averaging.records import PeerRecord
@@ -34,8 +37,7 @@ from averaging.version import VERSION
 from peer.config import PeerConfig
 from peer.device import choose_device
 from peer.events import EventWriter
-from peer.job import Job, read_job
-from peer.known_peers import recall_peers
+from peer.job import Job, ban_file, read_job, read_token
 from peer.preloading import bring_near
 from peer.telemetry import Telemetry
 from proto.peer_pb2 import WorkerEvent
@@ -83,19 +85,26 @@ def take_part(job: Job, events: EventWriter) -> None:
     """Be in the swarm until SIGTERM or the job's last epoch. Before training, SIGTERM ends the process at once."""
     experiment, config = parse(job.experiment), job.config
     key = open_identity(config.identity_path)
+    authority, over = job.authority.encode(), threading.Event()
+    bans = ban_file(job)
+    member = MemberAuthoriser(key, authority=authority, run_id=job.run_id, read_token=partial(read_token, job),
+                              is_banned=bans.is_banned)
     dht = start_dht(identity_path=config.identity_path, host_maddrs=config.host_maddrs, client_mode=config.client_mode,
-                    initial_peers=[*job.initial_peers, *recall_peers(config.known_peers)],
-                    record_validators=record_validators(job.run_id, key))
+                    initial_peers=[*job.initial_peers, *recall_peers(config.known_peers)], authorizer=member,
+                    record_validators=record_validators(job.run_id, key, authority))
     try:
-        bulletin = Bulletin(dht, job.run_id, key, first_record(dht, config), experiment.averaging)
+        bulletin = Bulletin(dht, job.run_id, key, first_record(dht, config), experiment.averaging,
+                            is_banned=bans.is_banned)
         swarm = Swarm(dht=dht, run_id=job.run_id, key=key, config=experiment.averaging, bulletin=bulletin,
-                      client_mode=config.client_mode, auxiliary=config.auxiliary)
+                      client_mode=config.client_mode, auxiliary=config.auxiliary, authoriser=member)
+        threading.Thread(target=keep_bans, args=(dht, job.run_id, bans, over), name="bans", daemon=True).start()
         try:
             telemetry = Telemetry(events, bulletin, config.known_peers,
                                   vital=[lambda: dht.is_serving, lambda: swarm.is_alive])
             work = help_others if config.auxiliary else train_together
             finished = work(job, experiment, swarm, telemetry, bulletin)
         finally:
+            over.set()
             swarm.close()
             bulletin.close()
         events.send(WorkerEvent(finished=finished))

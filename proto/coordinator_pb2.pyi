@@ -25,22 +25,38 @@ class EnrolRequest(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    INVITE_FIELD_NUMBER: _builtins.int
+    PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """from the link"""
     name: _builtins.str
     """what the volunteer wants to be called"""
     version: _builtins.str
     """of the volunteer's covey"""
+    invite: _builtins.str
+    """from the link; not needed by who has enrolled before, nor where anyone may join"""
+    public_key: _builtins.bytes
+    """of the volunteer's identity, OpenSSH's format"""
+    time: _builtins.float
+    """Unix seconds, by the volunteer's clock"""
+    signature: _builtins.bytes
+    """by that key, of averaging/membership.py's enrolment_words"""
     def __init__(
         self,
         *,
         run_id: _builtins.str = ...,
         name: _builtins.str = ...,
         version: _builtins.str = ...,
+        invite: _builtins.str = ...,
+        public_key: _builtins.bytes = ...,
+        time: _builtins.float = ...,
+        signature: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "run_id", b"run_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["invite", b"invite", "name", b"name", "public_key", b"public_key", "run_id", b"run_id", "signature", b"signature", "time", b"time", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -55,6 +71,12 @@ class EnrolReply(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     INITIAL_PEERS_FIELD_NUMBER: _builtins.int
     DASHBOARD_URL_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    TOKEN_EXPIRES_FIELD_NUMBER: _builtins.int
+    AUTHORITY_FIELD_NUMBER: _builtins.int
+    EXPERIMENT_SIGNATURE_FIELD_NUMBER: _builtins.int
+    BANS_FIELD_NUMBER: _builtins.int
     experiment: _builtins.bytes
     """The experiment as canonical JSON, byte for byte what the fingerprint covers."""
     fingerprint: _builtins.str
@@ -62,6 +84,18 @@ class EnrolReply(_message.Message):
     run_id: _builtins.str
     dashboard_url: _builtins.str
     """empty if the coordinator serves no HTTP"""
+    name: _builtins.str
+    """what the volunteer is called here: as it wished, or with a number behind it"""
+    token: _builtins.bytes
+    """lets it into the swarm (averaging/authorisation.py)"""
+    token_expires: _builtins.float
+    """Unix seconds"""
+    authority: _builtins.bytes
+    """public key, OpenSSH's format"""
+    experiment_signature: _builtins.bytes
+    """by the authority, of averaging/membership.py's experiment_words"""
+    bans: _builtins.bytes
+    """SignedBans; empty: nobody was ever banned"""
     @_builtins.property
     def initial_peers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """multiaddresses of DHT nodes to start from"""
@@ -74,10 +108,16 @@ class EnrolReply(_message.Message):
         run_id: _builtins.str = ...,
         initial_peers: _abc.Iterable[_builtins.str] | None = ...,
         dashboard_url: _builtins.str = ...,
+        name: _builtins.str = ...,
+        token: _builtins.bytes = ...,
+        token_expires: _builtins.float = ...,
+        authority: _builtins.bytes = ...,
+        experiment_signature: _builtins.bytes = ...,
+        bans: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dashboard_url", b"dashboard_url", "experiment", b"experiment", "fingerprint", b"fingerprint", "initial_peers", b"initial_peers", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authority", b"authority", "bans", b"bans", "dashboard_url", b"dashboard_url", "experiment", b"experiment", "experiment_signature", b"experiment_signature", "fingerprint", b"fingerprint", "initial_peers", b"initial_peers", "name", b"name", "run_id", b"run_id", "token", b"token", "token_expires", b"token_expires"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

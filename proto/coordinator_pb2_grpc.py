@@ -27,7 +27,7 @@ if _version_not_supported:
 
 
 class CoordinatorStub:
-    """The notary of one experiment. Training goes on without it.
+    """The notary of one experiment, over TLS. Training goes on without it.
     """
 
     def __init__(self, channel):
@@ -49,11 +49,12 @@ class CoordinatorStub:
 
 
 class CoordinatorServicer:
-    """The notary of one experiment. Training goes on without it.
+    """The notary of one experiment, over TLS. Training goes on without it.
     """
 
     def Enrol(self, request, context):
-        """What a volunteer needs to take part. NOT_FOUND: another experiment runs here (a stale link).
+        """What a volunteer needs to take part; again, without an invite, for a new token. NOT_FOUND: another experiment runs
+        here (a stale link). PERMISSION_DENIED: no good invite, or banned. UNAUTHENTICATED: not signed by that key.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -88,7 +89,7 @@ def add_CoordinatorServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Coordinator:
-    """The notary of one experiment. Training goes on without it.
+    """The notary of one experiment, over TLS. Training goes on without it.
     """
 
     @staticmethod

@@ -28,29 +28,33 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class CoordinatorStub:
-    """The notary of one experiment. Training goes on without it."""
+    """The notary of one experiment, over TLS. Training goes on without it."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> CoordinatorAsyncStub: ...
     Enrol: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.EnrolRequest, _coordinator_pb2.EnrolReply]
-    """What a volunteer needs to take part. NOT_FOUND: another experiment runs here (a stale link)."""
+    """What a volunteer needs to take part; again, without an invite, for a new token. NOT_FOUND: another experiment runs
+    here (a stale link). PERMISSION_DENIED: no good invite, or banned. UNAUTHENTICATED: not signed by that key.
+    """
     Watch: _grpc.UnaryStreamMultiCallable[_coordinator_pb2.WatchRequest, _swarm_pb2.SwarmSnapshot]
     """The swarm now, and again at every interval until the caller hangs up."""
 
 @_typing.type_check_only
 class CoordinatorAsyncStub(CoordinatorStub):
-    """The notary of one experiment. Training goes on without it."""
+    """The notary of one experiment, over TLS. Training goes on without it."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Enrol: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.EnrolRequest, _coordinator_pb2.EnrolReply]  # type: ignore[assignment]
-    """What a volunteer needs to take part. NOT_FOUND: another experiment runs here (a stale link)."""
+    """What a volunteer needs to take part; again, without an invite, for a new token. NOT_FOUND: another experiment runs
+    here (a stale link). PERMISSION_DENIED: no good invite, or banned. UNAUTHENTICATED: not signed by that key.
+    """
     Watch: _aio.UnaryStreamMultiCallable[_coordinator_pb2.WatchRequest, _swarm_pb2.SwarmSnapshot]  # type: ignore[assignment]
     """The swarm now, and again at every interval until the caller hangs up."""
 
 class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
-    """The notary of one experiment. Training goes on without it."""
+    """The notary of one experiment, over TLS. Training goes on without it."""
 
     @_abc_1.abstractmethod
     def Enrol(
@@ -58,7 +62,9 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_pb2.EnrolRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.EnrolReply, _abc.Awaitable[_coordinator_pb2.EnrolReply]]:
-        """What a volunteer needs to take part. NOT_FOUND: another experiment runs here (a stale link)."""
+        """What a volunteer needs to take part; again, without an invite, for a new token. NOT_FOUND: another experiment runs
+        here (a stale link). PERMISSION_DENIED: no good invite, or banned. UNAUTHENTICATED: not signed by that key.
+        """
 
     @_abc_1.abstractmethod
     def Watch(

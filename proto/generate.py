@@ -9,8 +9,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-CONTRACTS = ("proto/swarm.proto", "proto/coordinator.proto", "proto/peer.proto", "proto/round.proto")
-SERVICES = ("proto/coordinator.proto", "proto/peer.proto")
+CONTRACTS = tuple(f"proto/{name}.proto" for name in (
+    "swarm", "coordinator", "authority", "identity", "peer", "round"))
+SERVICES = ("proto/coordinator.proto", "proto/authority.proto", "proto/peer.proto")
 
 
 def generate(directory: Path) -> set[Path]:

@@ -14,7 +14,7 @@ from string import Template
 from starlette.requests import Request
 from starlette.responses import Response
 
-from coordinator.view import About
+from coordinator.view import INVITE, About
 
 TYPES = {"css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8", "svg": "image/svg+xml"}
 OURS = ("page.css", "page.js", "figures.js", "peers.js", "charts.js", "live.js", "icon.svg")
@@ -58,7 +58,9 @@ def answer(request: Request, found: Asset, headers: Mapping[str, str] | None = N
 def document(about: About) -> Asset:
     """The page. Its figures come by /api/events and are set as text by its scripts."""
     template = Template((files("coordinator.page") / "page.html").read_text())
-    text = template.substitute(run_id=escape(about.run_id), link=escape(about.link), version=escape(about.version))
+    invited = f", with your invite in the place of {INVITE}" if about.link.endswith(f"/{INVITE}") else ""
+    text = template.substitute(run_id=escape(about.run_id), link=escape(about.link), version=escape(about.version),
+                               invited=invited)
     return asset(text.encode(), "text/html; charset=utf-8")
 
 

@@ -1,25 +1,26 @@
 """A real coordinator's process, on loopback."""
 
+import asyncio
 import json
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import grpc
 import httpx
 import psutil
 import pytest
 from processes import until
 
 from averaging.experiment import canonical, experiment_of, run_id
+from averaging.identity import open_key
 from coordinator.coordinator import run_coordinator
 from coordinator.link import parse_link
 from coordinator.ports import listen
-from proto.coordinator_pb2 import EnrolReply, EnrolRequest
-from proto.coordinator_pb2_grpc import CoordinatorStub
+from peer.enrol import Enrolment, enrol
 from training.errors import BadInput
 
 TREE = {"name": "tiny", "optimizer": {"lr": 0.1, "max_epochs": 10},
@@ -36,13 +37,15 @@ run_coordinator(experiment_of({TREE!r}), state_dir=Path(sys.argv[1]), host="127.
 PUBLISH = """
 import sys, time
 from pathlib import Path
+from averaging.authorisation import MemberAuthoriser
 from averaging.dht import open_identity, start_dht
 from averaging.progress import publish_record, read_records, record_validators
 from averaging.records import PeerRecord, Rounds
-path, run, *initial_peers = sys.argv[1:]
-key = open_identity(Path(path))
+path, run, authority, token, *initial_peers = sys.argv[1:]
+key, authority = open_identity(Path(path)), authority.encode()
+member = MemberAuthoriser(key, authority=authority, run_id=run, read_token=lambda: bytes.fromhex(token))
 dht = start_dht(identity_path=Path(path), host_maddrs=["/ip4/127.0.0.1/tcp/0"], initial_peers=initial_peers,
-                record_validators=record_validators(run, key))
+                record_validators=record_validators(run, key, authority), authorizer=member)
 record = PeerRecord(
     peer_id=str(dht.peer_id), name="ada", state="training", epoch=3, samples_accumulated=64, samples_total=832,
     samples_per_second=20.0, loss=1.5, group_size=2, version="0.1.0", device="cpu", client_mode=False, time=time.time(),
@@ -97,24 +100,40 @@ def coordinator(state_dir: Path) -> Iterator[tuple[subprocess.Popen[str], dict[s
 
 
 @pytest.fixture(scope="module")
-def enrolment(coordinator: tuple[subprocess.Popen[str], dict[str, Any]]) -> EnrolReply:
-    with grpc.insecure_channel(parse_link(coordinator[1]["link"]).address) as channel:
-        return CoordinatorStub(channel).Enrol(
-            EnrolRequest(run_id=run_id(EXPERIMENT), name="ada", version="0.1.0"), timeout=10)
+def key_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("volunteer") / "key"
 
 
-def test_its_link_leads_to_the_experiment(coordinator, enrolment: EnrolReply) -> None:
+@pytest.fixture(scope="module")
+def enrolment(coordinator: tuple[subprocess.Popen[str], dict[str, Any]], key_path: Path) -> Enrolment:
+    return asyncio.run(enrol(parse_link(coordinator[1]["link"]), "ada", open_key(key_path)))
+
+
+def test_its_link_leads_to_the_experiment(coordinator, enrolment: Enrolment) -> None:
     assert parse_link(coordinator[1]["link"]).run_id == enrolment.run_id == run_id(EXPERIMENT)
-    assert enrolment.experiment == canonical(EXPERIMENT)
+    assert enrolment.document == canonical(EXPERIMENT)
     assert enrolment.dashboard_url == coordinator[1]["dashboard_url"]
     assert all(address.endswith(coordinator[1]["peer_id"]) for address in enrolment.initial_peers)
 
 
+def test_without_the_links_invite_nobody_gets_in(coordinator, tmp_path: Path) -> None:
+    link = parse_link(coordinator[1]["link"])
+    for invite in ("", "unknown"):
+        with pytest.raises(BadInput, match="invite; expected one of the operator's"):
+            asyncio.run(enrol(replace(link, invite=invite), "eve", open_key(tmp_path / "key")))
+
+
+def test_its_keys_are_for_its_owner_only(coordinator, state_dir: Path) -> None:
+    secret = {"authority.key", "identity.key", "tls.key", "admin.token", "ledger.sqlite"}
+    assert secret <= {path.name for path in state_dir.iterdir()}
+    assert all(path.stat().st_mode & 0o077 == 0 for path in state_dir.iterdir() if path.name in secret)
+
+
 def test_a_record_in_the_dht_shows_in_the_json_and_the_metrics(
-        coordinator, enrolment: EnrolReply, tmp_path: Path) -> None:
+        coordinator, enrolment: Enrolment, key_path: Path) -> None:
     url = coordinator[1]["dashboard_url"]
-    subprocess.run([sys.executable, "-c", PUBLISH, str(tmp_path / "key"), enrolment.run_id, *enrolment.initial_peers],
-                   check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", PUBLISH, str(key_path), enrolment.run_id, enrolment.authority.decode(),
+                    enrolment.token.hex(), *enrolment.initial_peers], check=True, timeout=60)
     until(lambda: httpx.get(f"{url}api/swarm").json()["peers"], "a peer in the JSON view")
     swarm = httpx.get(f"{url}api/swarm").json()
     assert (swarm["epoch"], swarm["epoch_samples"], swarm["loss"], swarm["joins"]) == (3, 64, 1.5, 1)
@@ -143,7 +162,7 @@ def test_bad_input_is_found_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_it_stops_at_a_signal_and_comes_back_as_the_same_node(coordinator, enrolment: EnrolReply,
+def test_it_stops_at_a_signal_and_comes_back_as_the_same_node(coordinator, enrolment: Enrolment,
                                                               state_dir: Path) -> None:
     process, before = coordinator
     with httpx.stream("GET", f"{before['dashboard_url']}api/events", timeout=30) as watched:

@@ -4,6 +4,7 @@ import asyncio
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -141,3 +142,15 @@ def test_an_http_port_in_use_is_bad_input() -> None:
             asyncio.run(serve(port))
     asyncio.run(serve(port))  # and is free again
     asyncio.run(serve(port))
+
+
+def test_who_needs_an_invite_is_told_where_it_goes(state: SwarmState, about: About) -> None:
+    for link, told in ((f"{about.link}/INVITE", True), (about.link, False)):
+        closed = replace(about, link=link)
+
+        async def fetch(closed: About = closed) -> str:
+            app = app_of(state, closed, CollectorRegistry())
+            async with serve_http(app, "127.0.0.1", 0) as port, httpx.AsyncClient() as client:
+                return (await client.get(f"http://127.0.0.1:{port}/")).text
+
+        assert ("in the place of INVITE" in asyncio.run(fetch())) == told

@@ -1,15 +1,35 @@
-"""A coordinator for tests that has no DHT: it hands out whatever reply it is given."""
+"""A coordinator for tests that has no DHT and lets anyone in: it hands out whatever reply it is given, signed."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 
 import grpc
+from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 
 from averaging.experiment import Experiment, canonical, experiment_of, fingerprint, run_id
+from averaging.identity import public_bytes, sign
+from averaging.membership import experiment_words
+from coordinator.tls import self_signed
 from proto.coordinator_pb2 import EnrolReply, EnrolRequest, WatchRequest
 from proto.coordinator_pb2_grpc import CoordinatorServicer, add_CoordinatorServicer_to_server
 from proto.swarm_pb2 import PeerRow, SwarmSnapshot
+
+AUTHORITY = generate_private_key(public_exponent=65537, key_size=2048)
+CERTIFICATE = self_signed()
+
+
+@dataclass(frozen=True)
+class Served:
+    """Where it answers."""
+
+    address: str  # HOST:PORT
+    run_id: str
+
+    def link(self, run_id: str = "") -> str:
+        """Of its own run, or of another."""
+        return f"covey://{self.address}/{run_id or self.run_id}/{CERTIFICATE.fingerprint}"
 
 
 def experiment(dataset: str) -> Experiment:
@@ -35,6 +55,8 @@ class FakeCoordinator(CoordinatorServicer):
         if request.run_id != self.reply.run_id:
             context.abort(grpc.StatusCode.NOT_FOUND, f"experiment {request.run_id!r} is not run here; expected "
                           f"{self.reply.run_id}. The link is stale: ask the operator for a new one.")
+        self.reply.name, self.reply.authority = request.name, public_bytes(AUTHORITY)
+        self.reply.experiment_signature = sign(AUTHORITY, experiment_words(self.reply.run_id, self.reply.experiment))
         return self.reply
 
     def Watch(self, request: WatchRequest, context: grpc.ServicerContext) -> Iterator[SwarmSnapshot]:
@@ -43,13 +65,26 @@ class FakeCoordinator(CoordinatorServicer):
 
 
 @contextmanager
-def serve(reply: EnrolReply) -> Iterator[str]:
-    """Its HOST:PORT."""
+def serve(reply: EnrolReply) -> Iterator[Served]:
+    """Over TLS, on any free port."""
     server = grpc.server(ThreadPoolExecutor(2))
     add_CoordinatorServicer_to_server(FakeCoordinator(reply), server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(CERTIFICATE.key, CERTIFICATE.chain)]))
     server.start()
     try:
-        yield f"127.0.0.1:{port}"
+        yield Served(f"127.0.0.1:{port}", reply.run_id)
     finally:
         server.stop(None).wait()
+
+
+@asynccontextmanager
+async def serve_here(reply: EnrolReply) -> AsyncIterator[Served]:
+    """The same in this event loop, for a client in it: gRPC's two kinds do not get on with each other in a process."""
+    server = grpc.aio.server(ThreadPoolExecutor(2))
+    add_CoordinatorServicer_to_server(FakeCoordinator(reply), server)
+    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(CERTIFICATE.key, CERTIFICATE.chain)]))
+    await server.start()
+    try:
+        yield Served(f"127.0.0.1:{port}", reply.run_id)
+    finally:
+        await server.stop(None)

@@ -18,7 +18,7 @@ FAKE_WORKER = str(Path(__file__).with_name("fake_worker.py"))
 
 def main() -> None:
     state_dir, behaviour = Path(sys.argv[1]), sys.argv[2]
-    job = Job(run_id="test-0123456789ab", fingerprint="", initial_peers=[], experiment=b"{}",
+    job = Job(run_id="test-0123456789ab", fingerprint="", authority="", initial_peers=[], experiment=b"{}",
               config=PeerConfig(name="tester", state_dir=state_dir))
     with open_state_dir(state_dir, role="peer", run_id=job.run_id), progress(as_json=True) as observer:
         ending = asyncio.Runner(loop_factory=uvloop.new_event_loop).run(run_job(

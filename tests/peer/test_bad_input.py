@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fake_coordinator import experiment, reply_of, serve
+from fake_coordinator import Served, experiment, reply_of, serve
 
 from averaging.experiment import fingerprint
 from coordinator.state_dir import open_state_dir
@@ -38,16 +38,21 @@ def folder_reply() -> EnrolReply:
 
 
 @pytest.fixture
-def link(folder_reply: EnrolReply) -> Iterator[str]:
-    with serve(folder_reply) as address:
-        yield f"covey://{address}/{folder_reply.run_id}"
+def served(folder_reply: EnrolReply) -> Iterator[Served]:
+    with serve(folder_reply) as served:
+        yield served
+
+
+@pytest.fixture
+def link(served: Served) -> str:
+    return served.link()
 
 
 @pytest.fixture
 def synthetic_link() -> Iterator[str]:
     reply = reply_of(experiment("synthetic"))
-    with serve(reply) as address:
-        yield f"covey://{address}/{reply.run_id}"
+    with serve(reply) as served:
+        yield served.link()
 
 
 @pytest.fixture
@@ -77,19 +82,30 @@ def test_a_value_out_of_range_names_its_key() -> None:
 
 @pytest.mark.parametrize("command", ["join", "status"])
 def test_a_malformed_link_shows_the_right_shape(command: str) -> None:
-    assert "covey://HOST:PORT/RUN_ID" in refused(command, "covey://host/run")
+    assert "covey://HOST:PORT/RUN_ID/CERTIFICATE/INVITE" in refused(command, "covey://host/run")
 
 
-def test_a_stale_link_names_what_runs_there(link: str, folder_reply: EnrolReply) -> None:
-    address = link.removeprefix("covey://").partition("/")[0]
-    line = refused("join", f"covey://{address}/fake-000000000000")
+def test_a_stale_link_names_what_runs_there(served: Served, folder_reply: EnrolReply) -> None:
+    line = refused("join", served.link("fake-000000000000"))
     assert folder_reply.run_id in line
     assert "stale" in line
 
 
-def test_the_swarm_of_another_run_is_not_shown(link: str, folder_reply: EnrolReply) -> None:
-    address = link.removeprefix("covey://").partition("/")[0]
-    assert folder_reply.run_id in refused("status", f"covey://{address}/fake-000000000000")
+def test_the_swarm_of_another_run_is_not_shown(served: Served, folder_reply: EnrolReply) -> None:
+    assert folder_reply.run_id in refused("status", served.link("fake-000000000000"))
+
+
+@pytest.mark.parametrize("command", ["join", "status"])
+def test_whoever_has_another_certificate_than_the_links_is_not_talked_to(command: str, link: str) -> None:
+    line = refused(command, f"{link[:-4]}AAAA")
+    assert "certificate" in line
+    assert "as in the link" in line
+
+
+def test_an_experiment_that_the_authority_has_not_signed_is_refused(
+        link: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fake_coordinator.sign", lambda *_: b"forged")
+    assert "has not signed" in refused("join", link)
 
 
 @pytest.mark.parametrize("command", ["join", "status"])
@@ -97,7 +113,8 @@ def test_a_coordinator_that_does_not_answer_is_named(command: str) -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))  # bound, so that nobody else takes it, but not listening
         address = f"127.0.0.1:{bound.getsockname()[1]}"
-        assert f"no coordinator answers at {address}" in refused(command, f"covey://{address}/fake-000000000000")
+        link = Served(address, "fake-000000000000").link()
+        assert f"no coordinator answers at {address}" in refused(command, link)
 
 
 def test_an_experiment_changed_on_the_way_is_refused(link: str, folder_reply: EnrolReply) -> None:
@@ -108,8 +125,8 @@ def test_an_experiment_changed_on_the_way_is_refused(link: str, folder_reply: En
 def test_another_experiment_than_the_link_s_is_refused(folder_reply: EnrolReply) -> None:
     other = reply_of(experiment("synthetic"))
     other.run_id = folder_reply.run_id
-    with serve(other) as address:
-        line = refused("join", f"covey://{address}/{folder_reply.run_id}")
+    with serve(other) as served:
+        line = refused("join", served.link(folder_reply.run_id))
     assert other.fingerprint[:12] in line
     assert folder_reply.run_id in line
 
@@ -118,8 +135,8 @@ def test_an_experiment_of_a_newer_covey_is_refused(folder_reply: EnrolReply) -> 
     folder_reply.experiment = folder_reply.experiment.replace(b'"name":"fake"', b'"name":"fake","novelty":1')
     folder_reply.fingerprint = fingerprint(folder_reply.experiment)
     folder_reply.run_id = f"fake-{folder_reply.fingerprint[:12]}"
-    with serve(folder_reply) as address:
-        assert "novelty" in refused("join", f"covey://{address}/{folder_reply.run_id}")
+    with serve(folder_reply) as served:
+        assert "novelty" in refused("join", served.link())
 
 
 def test_a_held_state_directory_names_its_holder(link: str, folder_reply: EnrolReply, images: Path,

@@ -53,8 +53,8 @@ def test_status_without_peers_is_no_error() -> None:
 
 def test_status_with_a_link_shows_the_swarm() -> None:
     reply = reply_of(experiment("synthetic"))
-    with serve(reply) as address:
-        link = f"covey://{address}/{reply.run_id}"
+    with serve(reply) as served:
+        link = served.link()
         table, one, several = covey("status", link), covey("status", link, "--json"), covey(
             "status", link, "--json", "--watch")
     assert "ada" in table

@@ -11,7 +11,8 @@ from training.errors import BadInput
 
 
 def job(state_dir: Path) -> Job:
-    return Job(run_id="demo-0123456789ab", fingerprint="01", initial_peers=["/ip4/127.0.0.1/tcp/1/p2p/Qm"],
+    return Job(run_id="demo-0123456789ab", fingerprint="01", authority="ssh-rsa AAAA",
+               initial_peers=["/ip4/127.0.0.1/tcp/1/p2p/Qm"],
                experiment=b'{"a":1,"b":"\xc3\xa9"}',
                config=PeerConfig(name="é", state_dir=state_dir, data=Path("/images"), threads=2, stop_at_epoch=9))
 

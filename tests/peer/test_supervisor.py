@@ -42,7 +42,7 @@ class Scene:
 
     def __init__(self, state_dir: Path, behaviour: str, backoff: Backoff = QUICK, leave_seconds: float = 30) -> None:
         self.state_dir, self.diary = state_dir, Diary()
-        job = Job(run_id="test", fingerprint="", initial_peers=[], experiment=b"",
+        job = Job(run_id="test", fingerprint="", authority="", initial_peers=[], experiment=b"",
                   config=PeerConfig(name="tester", state_dir=state_dir))
         self.supervisor = Supervisor(
             job, [sys.executable, FAKE_WORKER, behaviour, str(state_dir)], [self.diary], PeerStatus(),

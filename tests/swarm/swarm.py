@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 from processes import is_running, until
 
+from coordinator.link import parse_link
+
 RECIPE = str(Path(__file__).parent / "tiny.toml")
 DEADLINE = 120.0
 Event = dict[str, Any]
@@ -81,8 +83,9 @@ class Covey:
 class Swarm:
     """A coordinator and as many volunteers as a test asks for, shared by the tests of a module."""
 
-    def __init__(self, folder: Path, recipe: str = RECIPE, overrides: Sequence[str] = ()) -> None:
-        self.folder, self._recipe, self._overrides = folder, recipe, list(overrides)
+    def __init__(self, folder: Path, recipe: str = RECIPE, overrides: Sequence[str] = (), *,
+                 flags: Sequence[str] = ()) -> None:
+        self.folder, self._recipe, self._overrides = folder, recipe, [*overrides, *flags]
         self._coordinator: Covey | None = None
         self._volunteers: list[Covey] = []
         self._all: list[Covey] = []  # ever started
@@ -96,7 +99,8 @@ class Swarm:
             self._coordinator = Covey(
                 ["coordinator", self._recipe, *self._overrides, "--listen", "127.0.0.1", *flags,
                  "--state-dir", str(self.folder / "coordinator")], self.folder / "coordinator.log")
-            self._coordinator.wait_for("ready")
+            (ready,) = self._coordinator.wait_for("ready")
+            self._ports[1] = str(parse_link(ready["link"]).port)  # so that the link stays good
         return self._coordinator
 
     @property
@@ -114,12 +118,13 @@ class Swarm:
             one.wait_for("epoch")
         return list(self._volunteers)
 
-    def join(self, *more: str, name: str | None = None) -> Covey:
+    def join(self, *more: str, name: str | None = None, link: str | None = None) -> Covey:
         """One more volunteer, not waited for."""
         name = name or f"volunteer{len(self._all) + 1}"
         self._all.append(Covey(
-            ["join", self.link, "--name", name, "--listen", "127.0.0.1", "--port", "0", "--http-port", "0", "--threads",
-             "1", "--batch-size", "32", "--state-dir", str(self.folder / name), *more], self.folder / f"{name}.log"))
+            ["join", link or self.link, "--name", name, "--listen", "127.0.0.1", "--port", "0", "--http-port", "0",
+             "--threads", "1", "--batch-size", "32", "--state-dir", str(self.folder / name), *more],
+            self.folder / f"{name}.log"))
         return self._all[-1]
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from processes import until
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = [block for document in ("README.md", "docs/averaging.md")
+BLOCKS = [block for document in ("README.md", "docs/averaging.md", "docs/security.md")
           for block in re.findall(r"```sh\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)]
 COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
 STAYS = {"coordinator": "join by", "join": "epoch ", "status --watch": "demo-"}  # what it shows before it is ended

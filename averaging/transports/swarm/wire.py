@@ -16,8 +16,9 @@ from hivemind.p2p import PeerID
 from hivemind.utils.crypto import RSAPrivateKey, RSAPublicKey
 
 from averaging import messages
-from averaging.authorisation import Authoriser, peer_id_of
+from averaging.authorisation import Authoriser
 from averaging.compression import CODECS
+from averaging.identity import peer_id_of
 from averaging.messages import NOTHING, Layout, Member, Message, RoundId
 from proto.round_pb2 import Envelope, SignedStatement, Statement
 

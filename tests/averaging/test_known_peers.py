@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from peer.known_peers import MOST, recall_peers, remember_peers
+from averaging.known_peers import MOST, recall_peers, remember_peers
 
 
 def test_what_is_remembered_is_recalled_once_each(tmp_path: Path) -> None:

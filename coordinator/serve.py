@@ -1,0 +1,151 @@
+"""What a coordinator does while it runs: it serves gRPC and HTTP, and follows the swarm."""
+
+import asyncio
+import json
+import logging
+import random
+import signal
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from averaging.experiment import Experiment, canonical, fingerprint, run_id
+from averaging.records import AVERAGED
+from averaging.version import VERSION
+from coordinator.admin import AdminService, admin_token, serve_admin
+from coordinator.admin_socket import admin_socket
+from coordinator.authority import Authority
+from coordinator.events import Feed
+from coordinator.follow import SwarmFollower
+from coordinator.http import coordinator_app, serve_http
+from coordinator.link import Link, bracketed
+from coordinator.metrics import coordinator_registry
+from coordinator.node import Node
+from coordinator.service import CoordinatorService, bind_grpc, start_grpc
+from coordinator.swarm import SwarmState
+from coordinator.tls import Certificate
+from coordinator.view import INVITE, About, swarm_json, view
+from proto.authority_pb2_grpc import add_AdminServicer_to_server
+from proto.coordinator_pb2 import EnrolReply
+from proto.swarm_pb2 import SwarmSnapshot
+
+POLL_SECONDS = 1.0  # between two readings of the records
+GRACE_SECONDS = 1.0  # that open calls get to end
+BOOTSTRAP = 4  # peers whose addresses a newcomer gets besides the coordinator's
+
+logger = logging.getLogger("covey.coordinator")
+
+
+async def serve(experiment: Experiment, authority: Authority, certificate: Certificate, node: Node, folder: Path, *,
+                host: str, link_host: str, grpc_port: int, http_port: int, json_output: bool) -> None:
+    """Until the first SIGTERM or SIGINT. Raises BadInput if a port was taken meanwhile."""
+    stop, run = _stop_event(), run_id(experiment)
+    follower = SwarmFollower(node.read, stale_seconds=experiment.averaging.report_progress_expiration,
+                             banned=lambda: authority.ban_file.newest().peer_ids)
+    await follower.refresh()
+    server, grpc_port = bind_grpc(host, grpc_port, certificate)
+
+    def link(invite: str) -> str:
+        return str(Link(link_host, grpc_port, run, certificate.fingerprint, invite))
+
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(server.stop, GRACE_SECONDS)
+        about = About(run, link("" if authority.is_open else INVITE), VERSION, experiment.averaging.target_batch_size,
+                      experiment.averaging.target_group_size, AVERAGED[experiment.averaging.strategy])
+        feed = Feed(_newest(follower, about))
+        registry = coordinator_registry(lambda: follower.state, about, failures=authority.failures)
+        app = coordinator_app(lambda: follower.state, about, registry, history=lambda: follower.history, feed=feed)
+        http_port = await stack.enter_async_context(serve_http(app, host, http_port))
+        stack.callback(feed.close)  # before the server, which waits for open requests
+        url = f"http://{bracketed(link_host)}:{http_port}"
+        offer = _offer(experiment, authority, dashboard_url=f"{url}/")
+        add_AdminServicer_to_server(AdminService(authority, link, node.publish_bans, admin_token(folder)), server)
+        await start_grpc(server, CoordinatorService(
+            authority, lambda: _with_addresses(offer, authority, node.addresses, follower.state), VERSION,
+            lambda: SwarmSnapshot(**view(follower.state, about))))
+        await stack.enter_async_context(serve_admin(
+            AdminService(authority, link, node.publish_bans), admin_socket(folder)))
+        invite = "" if authority.is_open else authority.invite_to_show
+        _announce(None if invite is None else link(invite), url, node.peer_id, folder, json_output)
+        await _follow(follower, authority, node, stop, lambda: feed.publish(_newest(follower, about)))
+        logger.info("stopping")
+
+
+def _offer(experiment: Experiment, authority: Authority, *, dashboard_url: str) -> EnrolReply:
+    """What stays the same of what all get who are let in."""
+    document = canonical(experiment)
+    return EnrolReply(experiment=document, fingerprint=fingerprint(document), run_id=run_id(experiment),
+                      dashboard_url=dashboard_url, authority=authority.public_key,
+                      experiment_signature=authority.sign_experiment(document))
+
+
+def _with_addresses(offer: EnrolReply, authority: Authority, own: list[str], state: SwarmState) -> EnrolReply:
+    """... and what does not: several addresses, so that a newcomer gets in while one of us is away."""
+    reply = EnrolReply()
+    reply.CopyFrom(offer)
+    reachable = [peer.record.addresses[0] for peer in state.peers.values() if peer.record.addresses]
+    reply.initial_peers.extend([*own, *random.sample(reachable, min(BOOTSTRAP, len(reachable)))])
+    reply.bans = authority.ban_file.newest().signed
+    return reply
+
+
+def _stop_event() -> asyncio.Event:
+    """Set by the first SIGTERM or SIGINT, which also gives both back their usual effect: ending the process."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def first() -> None:
+        stop.set()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, first)
+    return stop
+
+
+def _newest(follower: SwarmFollower, about: About) -> dict[str, Any]:
+    return swarm_json(follower.state, about, time.time())
+
+
+async def _follow(follower: SwarmFollower, authority: Authority, node: Node, stop: asyncio.Event,
+                  publish: Callable[[], None]) -> None:
+    known = frozenset[str]()
+    while not stop.is_set():
+        if not node.is_alive():
+            logger.error("the DHT node died; exiting, so that whoever supervises this process starts it again")
+            raise SystemExit(1)
+        await follower.refresh()
+        authority.keep_bans_fresh()
+        known = _remember(node, follower.state, known)
+        publish()  # also after a reading that failed: the page then says how old its figures are
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), POLL_SECONDS)
+
+
+def _remember(node: Node, state: SwarmState, known: frozenset[str]) -> frozenset[str]:
+    """Keep the peers' addresses for the next start, if they are not the `known` ones; those that are kept."""
+    there = frozenset(address for peer in state.peers.values() for address in peer.record.addresses)
+    if there != known:
+        try:
+            node.remember(there)
+        except OSError as error:
+            logger.warning("the peers' addresses could not be kept: %s", error)
+    return there
+
+
+def _announce(link: str | None, url: str, peer_id: str, folder: Path, json_output: bool) -> None:
+    if json_output:
+        print(json.dumps({"event": "ready", "link": link, "metrics_url": f"{url}/metrics", "dashboard_url": f"{url}/",
+                          "peer_id": peer_id, "state_dir": str(folder)}), flush=True)
+        return
+    console = Console(highlight=False)
+    how = f"[bold]covey join {link}[/]" if link else "no invite is good for any number of volunteers: " \
+        "`covey invite create` makes one"
+    for name, value in (("join by", how), ("status page", f"{url}/"), ("metrics", f"{url}/metrics"),
+                        ("state", str(folder))):
+        console.print(f"[dim]{name:>12}[/]  {value}", soft_wrap=True)
