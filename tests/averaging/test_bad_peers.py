@@ -138,7 +138,7 @@ def test_over_the_wire_too(images: dict[str, tuple[Tensor, Tensor]], tmp_path_fa
                      for pixels, labels in given]
             outcomes = together([meet(peer, grad, peers, epoch=epoch, weight=BATCH)
                                  for peer, grad in zip(peers, grads, strict=True)])
-            assert [len(outcome.members) for outcome in outcomes] == [4] * 4
+            assert [len(outcome.members) for outcome in outcomes] == [4] * 4, (epoch, outcomes)
             for param, *same in zip(net.parameters(), *grads, strict=True):
                 assert all(torch.equal(grad, same[0]) for grad in same)
                 param.grad = same[0]

@@ -12,6 +12,7 @@ from swarm import Covey
 
 from averaging.records import PEER_MODES, PEER_STATES
 from averaging.version import VERSION
+from coordinator.metrics import FAILURES
 from peer.control import socket_path
 from peer.metrics import BAD_VALUES
 from proto.peer_pb2 import PeerStatus, PeerWatchRequest
@@ -89,6 +90,7 @@ def coordinators_truth(swarm: dict[str, Any]) -> Samples:
         **{sample_name(name): value for name, value in figures.items() if value is not None},
         **{sample_name("covey_peers", state=state, mode=mode): of_state.count((state, mode))
            for state in PEER_STATES for mode in PEER_MODES},
+        **{sample_name("covey_auth_failures_total", reason=reason): 0 for reason in FAILURES},
         **{sample_name("covey_peer_departures_total", reason=reason): swarm["departures"][reason]
            for reason in ("left", "lost")},
         **{sample_name("covey_averaging_rounds_total", kind="gradients", outcome=outcome): swarm["rounds"][outcome]

@@ -65,7 +65,8 @@ def child(*, dies_with_us: bool) -> int:
 def train(events: EventWriter, leave: threading.Event, epochs: int) -> None:
     events.send(WorkerEvent(started=WorkerEvent.Started(peer_id="QmFake", device="cpu", parameters=7, images=100)))
     epoch = 0
-    while epoch < epochs and not leave.wait(0.02):
+    while epoch < epochs and not leave.is_set():  # to wait on it could keep the handler of SIGTERM from setting it
+        time.sleep(0.02)
         epoch += 1
         events.send(WorkerEvent(step=WorkerEvent.Step(
             epoch=epoch, local_step=epoch, samples_total=16 * epoch, swarm_samples=32, swarm_peers=2,
