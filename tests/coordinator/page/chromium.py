@@ -101,8 +101,9 @@ def chromium_tab() -> Iterator[Tab]:
     """The one tab of a new browser with a profile of its own."""
     assert CHROMIUM
     with TemporaryDirectory(prefix="covey-chromium-", ignore_cleanup_errors=True) as profile:
-        process = subprocess.Popen([CHROMIUM, f"--user-data-dir={profile}", *OPTIONS], start_new_session=True,
-                                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [CHROMIUM, f"--user-data-dir={profile}", *OPTIONS], start_new_session=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "TMPDIR": profile})
         try:
             with connect(_debugger(Path(profile)), max_size=None) as connection:
                 yield Tab(connection)
