@@ -1,6 +1,5 @@
 """A peer's identity: the RSA key behind its libp2p peer id, in a file, and what is signed by it. Imports no torch."""
 
-import os
 from base64 import b64decode, b64encode
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from google.protobuf.message import DecodeError
 
+from averaging.private_file import write_private
 from proto.identity_pb2 import PrivateKey
 from training.errors import BadInput
 
@@ -60,11 +60,7 @@ def parse_key(content: bytes) -> RSAPrivateKey:
 def write_key(path: Path, key: RSAPrivateKey) -> None:
     """Put `key` into the file `path`, whole or not at all."""
     data = key.private_bytes(Encoding.DER, PrivateFormat.TraditionalOpenSSL, NoEncryption())
-    draft = path.with_suffix(".tmp")
-    draft.unlink(missing_ok=True)
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(PrivateKey(key_type=0, data=data).SerializeToString())
-    draft.replace(path)
+    write_private(path, PrivateKey(key_type=0, data=data).SerializeToString())
 
 
 def public_bytes(key: RSAPrivateKey) -> bytes:

@@ -41,12 +41,6 @@ def runtime_path(state: Path, suffix: str) -> Path:
     return runtime_dir() / f"{hashlib.sha256(bytes(state.resolve())).hexdigest()[:16]}{suffix}"
 
 
-def publish_socket(draft: Path, path: Path) -> None:
-    """Give a socket that serves its name, closed to others."""
-    draft.chmod(0o600)
-    draft.replace(path)
-
-
 def withdraw_socket(path: Path) -> None:
     """Remove a socket that nobody serves any more."""
     path.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 import asyncio
 import hmac
-import os
 import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -11,9 +10,10 @@ from typing import Any, TypeVar
 
 from grpc import StatusCode, aio
 
-from averaging.runtime import make_runtime_dir, publish_socket, withdraw_socket
+from averaging.private_file import write_private
 from coordinator import ledger
 from coordinator.authority import Authority
+from coordinator.local_server import serve_locally
 from proto.authority_pb2 import (
     BanRequest,
     Invite,
@@ -101,27 +101,16 @@ def _member(member: ledger.Member) -> Member:
 
 def admin_token(folder: Path) -> str:
     """The token in the state directory `folder`, made on first use; whoever can read it is the operator."""
-    path, draft = folder / "admin.token", folder / "admin.tmp"
+    path = folder / "admin.token"
     if not path.exists() or not path.read_text().strip():  # an empty one, anybody could present
-        draft.unlink(missing_ok=True)
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_urlsafe(32))
-        draft.replace(path)
+        write_private(path, secrets.token_urlsafe(32).encode())
     return path.read_text().strip()
 
 
 @asynccontextmanager
 async def serve_admin(service: AdminService, path: Path) -> AsyncIterator[None]:
-    """Serve on the socket `path` meanwhile; it takes its name once it serves and is closed to others."""
-    make_runtime_dir()
+    """Serve on the socket `path` meanwhile."""
     server = aio.server()
     add_AdminServicer_to_server(service, server)
-    draft = path.with_suffix(".new")
-    server.add_insecure_port(f"unix:{draft}")
-    await server.start()
-    publish_socket(draft, path)
-    try:
+    async with serve_locally(server, path):
         yield
-    finally:
-        withdraw_socket(path)
-        await server.stop(grace=0.5)

@@ -5,7 +5,6 @@ operator's link names.
 """
 
 import asyncio
-import os
 import ssl
 from base64 import urlsafe_b64encode
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_pri
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
+from averaging.private_file import write_private
 from coordinator.link import MEND, Link
 from training.errors import BadInput
 
@@ -49,8 +49,8 @@ def own_certificate(folder: Path) -> Certificate:
     key_path, chain_path = folder / "tls.key", folder / "tls.crt"
     if not chain_path.exists():  # written last
         made = self_signed()
-        _write(key_path, made.key)
-        _write(chain_path, made.chain)
+        write_private(key_path, made.key)
+        write_private(chain_path, made.chain)
     return read_certificate(chain_path, key_path)
 
 
@@ -86,14 +86,6 @@ def self_signed() -> Certificate:
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True).sign(key, SHA256()))
     return Certificate(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
                        certificate.public_bytes(Encoding.PEM))
-
-
-def _write(path: Path, data: bytes) -> None:
-    draft = path.with_suffix(".tmp")
-    draft.unlink(missing_ok=True)
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
-    draft.replace(path)
 
 
 async def connect(link: Link, *, timeout_seconds: float) -> grpc.aio.Channel:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from averaging.runtime import make_runtime_dir, publish_socket, runtime_path, withdraw_socket
+from averaging.runtime import runtime_path
+from coordinator.local_server import serve_locally
 from peer.supervisor import Supervisor
 from proto.peer_pb2 import LeaveReply, LeaveRequest, PeerStatus, PeerWatchRequest, StatusRequest
 from proto.peer_pb2_grpc import PeerServicer, add_PeerServicer_to_server
@@ -52,24 +53,12 @@ class PeerService(PeerServicer):
 
 @asynccontextmanager
 async def serve_control(supervisor: Supervisor, path: Path) -> AsyncIterator[None]:
-    """Serve on the socket `path` meanwhile. The caller holds the state directory that it stands for.
-
-    The socket takes its name once it serves and is closed to others: one that nobody serves was left behind
-    by a process that was killed.
-    """
-    make_runtime_dir()
+    """Serve on the socket `path` meanwhile. The caller holds the state directory that it stands for."""
     server = grpc.aio.server()
     add_PeerServicer_to_server(PeerService(supervisor), server)
     healthy = health.aio.HealthServicer()  # type: ignore[attr-defined]  # missing in its stubs
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     for service in ("", "covey.v1.Peer"):
         await healthy.set(service, health_pb2.HealthCheckResponse.SERVING)
-    draft = path.with_suffix(".new")
-    server.add_insecure_port(f"unix:{draft}")
-    await server.start()
-    publish_socket(draft, path)
-    try:
+    async with serve_locally(server, path):
         yield
-    finally:
-        withdraw_socket(path)
-        await server.stop(grace=0.5)

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from averaging.identity import parse_key, peer_id_of, public_bytes, read_key
+from averaging.private_file import write_private
 from coordinator.state_dir import open_state_dir
 from peer.daemon import default_state_dir
 from training.config import Config
@@ -65,11 +66,7 @@ def import_from(file: Path, state_dir: Path | None) -> tuple[str, Path]:
         if path.exists() and path.read_bytes() != data:
             raise BadInput(f"another identity in {folder}", expected="none, or the same",
                            mend="Export that one first, then remove its identity.key; or choose with --state-dir.")
-        draft = path.with_suffix(".import")
-        draft.unlink(missing_ok=True)
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
-            out.write(data)
-        draft.replace(path)
+        write_private(path, data)
     return peer_id, folder
 
 
