@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection
+from concurrent.futures import Future
 from dataclasses import replace
 from threading import Condition, Thread
 from time import monotonic
@@ -102,23 +103,29 @@ class Bulletin:
             self._changed.notify()
 
     def close(self, timeout: float = 2.0) -> None:
-        """Tell the record a last time, and end."""
+        """Tell the record a last time, and end; the word is in the DHT then, if that takes at most `timeout` seconds.
+
+        hivemind drops what a node that is shut down has not stored yet, and whoever takes no leave counts as lost.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join(timeout)
+        self._thread.join(timeout / 2)  # a reading may hang: it is not waited for
+        try:
+            self._tell().exception(timeout / 2)
+        except (OSError, TimeoutError) as error:
+            log.warning("the last word was not told: %r", error)
 
     def _keep(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closing or self._urgent_telling or self._urgent_reading,
                                        timeout=self._idle_seconds())
-                closing = self._closing
-            try:
-                if closing or self._urgent_telling or self._is_time_to_tell():
-                    self._tell()
-                if closing:
+                if self._closing:
                     return
+            try:
+                if self._urgent_telling or self._is_time_to_tell():
+                    self._tell()
                 if self._urgent_reading or monotonic() - self._read >= self._reading_period():
                     self._look()
             except OSError as error:  # the pipe to the DHT's process broke: whoever watches that ends this worker
@@ -135,12 +142,12 @@ class Bulletin:
         due = self._config.report_progress_expiration / 3 if self._is_told else self._config.min_refresh_period
         return age >= min(due, self._config.max_refresh_period)
 
-    def _tell(self) -> None:
+    def _tell(self) -> "Future[bool]":
         with self._changed:
             self._urgent_telling, self._is_told, self._told = False, True, monotonic()
             record = replace(self._record, time=get_dht_time())
-        publish_record(self._dht, self._run_id, self._key, record,
-                       lifetime_seconds=self._config.report_progress_expiration)
+        return publish_record(self._dht, self._run_id, self._key, record,
+                              lifetime_seconds=self._config.report_progress_expiration)
 
     def _look(self) -> None:
         self._urgent_reading = False

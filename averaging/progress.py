@@ -1,5 +1,6 @@
 """Progress records in the DHT: signed by their owner, checked against a schema, read by everyone."""
 
+from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any
 
@@ -67,11 +68,17 @@ def record_validators(run_id: str, key: RSAPrivateKey, authority: bytes = b"") -
     return [SchemaValidator(PeersSchema, prefix=run_id), RSASignatureValidator(key), BanValidator(authority, run_id)]
 
 
-def publish_record(dht: DHT, run_id: str, key: RSAPrivateKey, record: PeerRecord, *, lifetime_seconds: float) -> None:
-    """Store this peer's record, to be forgotten after `lifetime_seconds`; returns without waiting for the network."""
+def publish_record(dht: DHT, run_id: str, key: RSAPrivateKey, record: PeerRecord, *,
+                   lifetime_seconds: float) -> "Future[bool]":
+    """Store this peer's record, to be forgotten after `lifetime_seconds`; returns without waiting for the network.
+
+    The future is done when nodes of the DHT have it, and false if none took it.
+    """
     value = asdict(record) | {"addresses": list(record.addresses)}  # the wire has no tuples
-    dht.store(f"{run_id}_peers", subkey=RSASignatureValidator(key).local_public_key, value=value,
-              expiration_time=get_dht_time() + lifetime_seconds, return_future=True)
+    stored: Future[bool] = dht.store(
+        f"{run_id}_peers", subkey=RSASignatureValidator(key).local_public_key, value=value,
+        expiration_time=get_dht_time() + lifetime_seconds, return_future=True)
+    return stored
 
 
 def read_records(dht: DHT, run_id: str, *, timeout: float = 5.0) -> list[PeerRecord]:

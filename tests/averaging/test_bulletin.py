@@ -145,11 +145,20 @@ def test_who_held_a_round_is_there_though_the_dht_can_not_be_asked_for_its_recor
         second.close()
 
 
-def test_a_board_that_is_closed_has_told_its_last_word(nodes: list[tuple[DHT, Path]]) -> None:
-    bulletin = board(*nodes[1], "grace")
+def test_the_last_word_is_told_though_the_node_is_shut_down_at_once(nodes: list[tuple[DHT, Path]],
+                                                                    tmp_path: Path) -> None:
+    path = tmp_path / "leaving.key"
+    dht = start_dht(identity_path=path, host_maddrs=["/ip4/127.0.0.1/tcp/0"],
+                    initial_peers=[str(address) for address in nodes[0][0].get_visible_maddrs()],
+                    record_validators=record_validators(RUN, open_identity(path)))
+    bulletin = board(dht, path, "leaving")
+    until(lambda: told(nodes[0][0], "leaving") is not None, "the first word")
     bulletin.update(samples_total=1234)
     bulletin.close()
-    until(lambda: (record := told(nodes[0][0], "grace")) is not None and record.samples_total == 1234, "the last word")
+    dht.shutdown()
+    record = told(nodes[0][0], "leaving")
+    assert record is not None
+    assert record.samples_total == 1234
 
 
 def test_a_lost_dht_stops_neither_updates_nor_the_end(tmp_path: Path) -> None:
