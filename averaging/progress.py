@@ -14,13 +14,13 @@ from hivemind.utils.crypto import RSAPrivateKey
 
 from averaging.ban_records import BanValidator
 from averaging.identity import peer_id_of
-from averaging.records import PEER_STATES, PeerRecord, Rounds
+from averaging.records import ARCHIVING, PEER_STATES, PeerRecord, Rounds
 
 count = pydantic.conint(strict=True, ge=0, lt=2**63)
 amount = pydantic.confloat(strict=True, ge=0, lt=1e18)
 address = pydantic.constr(strict=True, max_length=160)
 text = pydantic.constr(strict=True, max_length=64)
-state = pydantic.constr(strict=True, regex=f"^({'|'.join(PEER_STATES)})$")
+state = pydantic.constr(strict=True, regex=f"^({'|'.join((*PEER_STATES, ARCHIVING))})$")
 
 
 class RoundsSchema(pydantic.BaseModel):

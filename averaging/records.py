@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 PEER_MODES = ("direct", "client", "auxiliary")
 PEER_STATES = ("starting", "training", "leaving")
+ARCHIVING = "archiving"  # the state of a coordinator's record: it hands out checkpoints, and is no peer that one meets
 AVERAGED = {"collaborative": "gradients", "local_sgd": "parameters", "diloco": "steps", "gossip": "parameters"}
 
 
@@ -23,8 +24,8 @@ class PeerRecord:
 
     peer_id: str  # libp2p's, base58
     name: str  # what the volunteer calls itself: untrusted text
-    state: str  # one of PEER_STATES
-    epoch: int  # collaborative epoch
+    state: str  # one of PEER_STATES, or ARCHIVING
+    epoch: int  # collaborative epoch; of an archive, that of its newest state
     samples_accumulated: int  # towards that epoch
     samples_total: int  # since the worker started
     samples_per_second: float

@@ -6,7 +6,7 @@ from hashlib import sha256
 from itertools import pairwise
 
 from averaging.config import Averaging
-from averaging.records import PeerRecord
+from averaging.records import ARCHIVING, PeerRecord
 from averaging.transports.transport import Standing
 
 RECENT_SECONDS = 20.0  # two of the longest refresh periods, by default: who lives has written since
@@ -68,14 +68,16 @@ def standing(records: Sequence[PeerRecord], me: str, epoch: int, samples: int, n
     """Where the swarm stands for this peer, who is in `epoch` with `samples` of its own.
 
     What others have gathered since they wrote their record is reckoned from their speed, for `longest_seconds` after
-    it (two of the longest refresh periods: who has written nothing since then may train no more).
+    it (two of the longest refresh periods: who has written nothing since then may train no more). An archive counts for
+    nothing but what it has.
     """
     others = _training(records, me)
     gathered = sum(_samples(record, now, longest_seconds) for record in others if record.epoch == epoch)
     own = next((record.sketch for record in records if record.peer_id == me and record.epoch == epoch), b"")
     theirs, _ = majority(records, epoch)
     return Standing(epoch=max([epoch, *(record.epoch for record in others)]), samples=samples + int(gathered),
-                    peers=1 + len(others), minority=b"" not in (own, theirs) and own != theirs)
+                    peers=1 + len(others), minority=b"" not in (own, theirs) and own != theirs,
+                    archived=max((record.epoch for record in records if record.state == ARCHIVING), default=0))
 
 
 def next_reading(records: Sequence[PeerRecord], me: str, config: Averaging, now: float) -> float:

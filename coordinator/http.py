@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from coordinator.archive import Archive
 from coordinator.connections import Connection
 from coordinator.events import NO_STORE, Feed, events
 from coordinator.history import History, columns
@@ -31,11 +32,12 @@ UNACKNOWLEDGED_SECONDS = 20  # that a client may take nothing of what was sent t
 
 
 def coordinator_app(state: Callable[[], SwarmState], about: About, registry: CollectorRegistry, *,
-                    history: Callable[[], History], feed: Feed, clock: Callable[[], float] = time.time) -> ASGIApp:
+                    history: Callable[[], History], feed: Feed, clock: Callable[[], float] = time.time,
+                    archive: Callable[[], Archive | None] = lambda: None) -> ASGIApp:
     """The page and what it reads, `/metrics` and `/healthz`; read-only. `clock` gives Unix seconds."""
 
     async def swarm(request: Request) -> Response:
-        return JSONResponse(swarm_json(state(), about, clock()), headers=NO_STORE)
+        return JSONResponse(swarm_json(state(), about, clock(), archive()), headers=NO_STORE)
 
     async def healthz(request: Request) -> Response:
         if is_fresh(state(), clock()):

@@ -11,18 +11,23 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from averaging.records import PEER_MODES, PEER_STATES
+from coordinator.archive import STAGES, Archive
 from coordinator.swarm import SwarmState
 from coordinator.view import About, is_fresh
 
 FAILURES = ("admin token", "banned", "clock", "invite", "key", "rate", "signature")  # of coordinator.authority
+FIGURES = {"knn_accuracy": "k-NN accuracy of the newest evaluated checkpoint's backbone.",
+           "top1_accuracy": "Top-1 accuracy of the newest evaluated checkpoint.",
+           "top5_accuracy": "Top-5 accuracy of the newest evaluated checkpoint.",
+           "val_loss": "Loss of the newest evaluated checkpoint on the validation images."}
 
 
 class SwarmCollector(Collector):
     """`state()` as metric families. What changes from moment to moment is absent when the reading is old."""
 
     def __init__(self, state: Callable[[], SwarmState], about: About, failures: Mapping[str, int],
-                 clock: Callable[[], float]) -> None:
-        self.state, self.about, self.failures, self.clock = state, about, failures, clock
+                 archive: Callable[[], Archive | None], clock: Callable[[], float]) -> None:
+        self.state, self.about, self.failures, self.archive, self.clock = state, about, failures, archive, clock
 
     def collect(self) -> Iterator[Metric]:
         """One scrape."""
@@ -32,15 +37,18 @@ class SwarmCollector(Collector):
                      self.about.target_batch_size)
         yield from _counters(state, self.about.averaged)
         yield _failures(self.failures)
+        if archive := self.archive():
+            yield from _archive(archive)
         if is_fresh(state, self.clock()):
             yield from _gauges(state)
 
 
 def coordinator_registry(state: Callable[[], SwarmState], about: About, clock: Callable[[], float] = time.time, *,
-                         failures: Mapping[str, int] = MappingProxyType({})) -> CollectorRegistry:
+                         failures: Mapping[str, int] = MappingProxyType({}),
+                         archive: Callable[[], Archive | None] = lambda: None) -> CollectorRegistry:
     """A registry of its own with the swarm's metrics; `clock` gives Unix seconds, `failures` who was not let in."""
     registry = CollectorRegistry()
-    registry.register(SwarmCollector(state, about, failures, clock))
+    registry.register(SwarmCollector(state, about, failures, archive, clock))
     return registry
 
 
@@ -49,6 +57,22 @@ def _failures(failures: Mapping[str, int]) -> Metric:
     for reason in FAILURES:
         family.add_metric([reason], failures.get(reason, 0))
     return family
+
+
+def _archive(archive: Archive) -> Iterator[Metric]:
+    yield _gauge("covey_checkpoint_last_success_timestamp_seconds", "Unix time of the newest checkpoint in the "
+                 "archive; 0: there is none.", archive.time)
+    if archive.epoch is not None:
+        yield _gauge("covey_checkpoint_epoch", "Collaborative epoch of the newest checkpoint in the archive.",
+                     archive.epoch)
+    failures = CounterMetricFamily("covey_archive_failures_total", "What the archive could not do; it tries again.",
+                                   labels=["stage"])
+    for stage in STAGES:
+        failures.add_metric([stage], archive.failures.get(stage, 0))
+    yield failures
+    for name, value in (archive.evaluations[-1].figures if archive.evaluations else {}).items():
+        if name in FIGURES:
+            yield _gauge(f"covey_{name}", FIGURES[name], value)
 
 
 def _counters(state: SwarmState, kind: str) -> Iterator[Metric]:

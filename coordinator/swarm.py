@@ -9,7 +9,7 @@ from dataclasses import astuple, dataclass, field
 from math import isfinite, sqrt
 from struct import calcsize, unpack
 
-from averaging.records import PeerRecord, Rounds
+from averaging.records import ARCHIVING, PeerRecord, Rounds
 
 LEAVING_SECONDS = 10.0  # a peer that said it leaves is gone after this long: leaving takes no longer
 SKETCH = "<32f8x"  # of averaging/sketch.py; the checksum at its end is passed over
@@ -94,10 +94,11 @@ def observe(previous: SwarmState, records: Iterable[PeerRecord], now: float, *, 
     A peer is live while its newest record was first read at most `stale_seconds` ago. Its own clock counts at
     first sight only, so that a wrong one does no harm for long. That a record is missing from one reading
     proves nothing: only silence does. Call it for readings only: who can't read has lost nobody. Who is `banned`, by
-    peer id, is gone at once.
+    peer id, is gone at once. An archive is no peer.
     """
     peers, gone, counters = dict(previous.peers), dict(previous.gone), previous.counters
-    for record in _newest(record for record in records if record.peer_id not in banned):
+    for record in _newest(record for record in records
+                           if record.peer_id not in banned and record.state != ARCHIVING):
         known = peers.get(record.peer_id) or gone.get(record.peer_id)
         peer = Peer(record, now if known else min(now, record.time))
         if _is_news(record, known, now, stale_seconds) and _is_live(peer, now, stale_seconds):

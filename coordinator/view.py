@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
 
+from coordinator.archive import Archive, archive_view
 from coordinator.swarm import Peer, SwarmState
 
 INVITE = "INVITE"  # in a link for all to see, where one's own has to stand
@@ -27,7 +28,7 @@ def is_fresh(state: SwarmState, now: float) -> bool:
     return now - state.time <= FRESH_SECONDS
 
 
-def view(state: SwarmState, about: About) -> dict[str, Any]:
+def view(state: SwarmState, about: About, archive: Archive | None = None) -> dict[str, Any]:
     """The fields of `covey.v1.SwarmSnapshot`, by name."""
     return {
         "run_id": about.run_id,
@@ -45,12 +46,13 @@ def view(state: SwarmState, about: About) -> dict[str, Any]:
         "rounds": asdict(state.counters.rounds),
         "joins": state.joins,
         "departures": {"left": state.left, "lost": state.lost},
+        "archive": archive_view(archive),
     }
 
 
-def swarm_json(state: SwarmState, about: About, now: float) -> dict[str, Any]:
+def swarm_json(state: SwarmState, about: About, now: float, archive: Archive | None = None) -> dict[str, Any]:
     """What `/api/swarm` and the page tell at `now` (Unix seconds): the view, and what one makes of it."""
-    return {**view(state, about), "link": about.link, "fresh": is_fresh(state, now),
+    return {**view(state, about, archive), "link": about.link, "fresh": is_fresh(state, now),
             "seconds_to_next_epoch": seconds_to_next_epoch(state, about.target_batch_size)}
 
 

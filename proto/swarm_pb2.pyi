@@ -157,6 +157,124 @@ class SwarmSnapshot(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class Archive(_message.Message):
+        """The checkpoints that the coordinator takes of the swarm's state, and hands out to newcomers."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        @_typing.final
+        class FailuresEntry(_message.Message):
+            DESCRIPTOR: _descriptor.Descriptor
+
+            KEY_FIELD_NUMBER: _builtins.int
+            VALUE_FIELD_NUMBER: _builtins.int
+            key: _builtins.str
+            value: _builtins.int
+            def __init__(
+                self,
+                *,
+                key: _builtins.str = ...,
+                value: _builtins.int = ...,
+            ) -> None: ...
+            _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+            def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+            _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+            def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+            def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+        EPOCH_FIELD_NUMBER: _builtins.int
+        TIME_SECONDS_FIELD_NUMBER: _builtins.int
+        SHA256_FIELD_NUMBER: _builtins.int
+        UPLOADED_EPOCH_FIELD_NUMBER: _builtins.int
+        EVALUATIONS_FIELD_NUMBER: _builtins.int
+        FAILURES_FIELD_NUMBER: _builtins.int
+        LAST_ERROR_FIELD_NUMBER: _builtins.int
+        epoch: _builtins.int
+        """of the newest good one; absent: there is none yet"""
+        time_seconds: _builtins.float
+        """Unix time at which it was written"""
+        sha256: _builtins.str
+        """of its tensor file, hexadecimal"""
+        uploaded_epoch: _builtins.int
+        """the newest that the hub has taken since the start"""
+        last_error: _builtins.str
+        """for people; empty once that stage has succeeded again"""
+        @_builtins.property
+        def evaluations(self) -> _containers.RepeatedCompositeFieldContainer[Global___SwarmSnapshot.Evaluation]:
+            """by epoch, also of checkpoints that are gone"""
+
+        @_builtins.property
+        def failures(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+            """by stage: "download", "disk", "evaluation", "upload", "crash" """
+
+        def __init__(
+            self,
+            *,
+            epoch: _builtins.int | None = ...,
+            time_seconds: _builtins.float = ...,
+            sha256: _builtins.str = ...,
+            uploaded_epoch: _builtins.int | None = ...,
+            evaluations: _abc.Iterable[Global___SwarmSnapshot.Evaluation] | None = ...,
+            failures: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+            last_error: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "_uploaded_epoch", b"_uploaded_epoch", "epoch", b"epoch", "uploaded_epoch", b"uploaded_epoch"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "_uploaded_epoch", b"_uploaded_epoch", "epoch", b"epoch", "evaluations", b"evaluations", "failures", b"failures", "last_error", b"last_error", "sha256", b"sha256", "time_seconds", b"time_seconds", "uploaded_epoch", b"uploaded_epoch"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__epoch: _TypeAlias = _typing.Literal["epoch"]  # noqa: Y015
+        _WhichOneofArgType__epoch: _TypeAlias = _typing.Literal["_epoch", b"_epoch"]  # noqa: Y015
+        _WhichOneofReturnType__uploaded_epoch: _TypeAlias = _typing.Literal["uploaded_epoch"]  # noqa: Y015
+        _WhichOneofArgType__uploaded_epoch: _TypeAlias = _typing.Literal["_uploaded_epoch", b"_uploaded_epoch"]  # noqa: Y015
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__epoch) -> _WhichOneofReturnType__epoch | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__uploaded_epoch) -> _WhichOneofReturnType__uploaded_epoch | None: ...
+
+    @_typing.final
+    class Evaluation(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        @_typing.final
+        class FiguresEntry(_message.Message):
+            DESCRIPTOR: _descriptor.Descriptor
+
+            KEY_FIELD_NUMBER: _builtins.int
+            VALUE_FIELD_NUMBER: _builtins.int
+            key: _builtins.str
+            value: _builtins.float
+            def __init__(
+                self,
+                *,
+                key: _builtins.str = ...,
+                value: _builtins.float = ...,
+            ) -> None: ...
+            _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+            def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+            _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+            def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+            def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+        EPOCH_FIELD_NUMBER: _builtins.int
+        FIGURES_FIELD_NUMBER: _builtins.int
+        epoch: _builtins.int
+        @_builtins.property
+        def figures(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+            """"knn_accuracy", or "top1_accuracy" and the like: ratios, and "val_loss" """
+
+        def __init__(
+            self,
+            *,
+            epoch: _builtins.int = ...,
+            figures: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "figures", b"figures"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     RUN_ID_FIELD_NUMBER: _builtins.int
     TIME_SECONDS_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
@@ -172,6 +290,7 @@ class SwarmSnapshot(_message.Message):
     JOINS_FIELD_NUMBER: _builtins.int
     DEPARTURES_FIELD_NUMBER: _builtins.int
     CONSENSUS_DISTANCE_FIELD_NUMBER: _builtins.int
+    ARCHIVE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     time_seconds: _builtins.float
     """Unix time at which the records were read; 0: not yet"""
@@ -200,6 +319,10 @@ class SwarmSnapshot(_message.Message):
     def rounds(self) -> Global___RoundCounts: ...
     @_builtins.property
     def departures(self) -> Global___Departures: ...
+    @_builtins.property
+    def archive(self) -> Global___SwarmSnapshot.Archive:
+        """absent: none is kept"""
+
     def __init__(
         self,
         *,
@@ -218,10 +341,11 @@ class SwarmSnapshot(_message.Message):
         joins: _builtins.int = ...,
         departures: Global___Departures | None = ...,
         consensus_distance: _builtins.float | None = ...,
+        archive: Global___SwarmSnapshot.Archive | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_consensus_distance", b"_consensus_distance", "_loss", b"_loss", "consensus_distance", b"consensus_distance", "departures", b"departures", "loss", b"loss", "rounds", b"rounds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_consensus_distance", b"_consensus_distance", "_loss", b"_loss", "archive", b"archive", "consensus_distance", b"consensus_distance", "departures", b"departures", "loss", b"loss", "rounds", b"rounds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_consensus_distance", b"_consensus_distance", "_loss", b"_loss", "consensus_distance", b"consensus_distance", "departures", b"departures", "epoch", b"epoch", "epoch_samples", b"epoch_samples", "group_size", b"group_size", "joins", b"joins", "loss", b"loss", "peers", b"peers", "rounds", b"rounds", "run_id", b"run_id", "samples_per_second", b"samples_per_second", "samples_total", b"samples_total", "target_batch_size", b"target_batch_size", "target_group_size", b"target_group_size", "time_seconds", b"time_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_consensus_distance", b"_consensus_distance", "_loss", b"_loss", "archive", b"archive", "consensus_distance", b"consensus_distance", "departures", b"departures", "epoch", b"epoch", "epoch_samples", b"epoch_samples", "group_size", b"group_size", "joins", b"joins", "loss", b"loss", "peers", b"peers", "rounds", b"rounds", "run_id", b"run_id", "samples_per_second", b"samples_per_second", "samples_total", b"samples_total", "target_batch_size", b"target_batch_size", "target_group_size", b"target_group_size", "time_seconds", b"time_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__consensus_distance: _TypeAlias = _typing.Literal["consensus_distance"]  # noqa: Y015
     _WhichOneofArgType__consensus_distance: _TypeAlias = _typing.Literal["_consensus_distance", b"_consensus_distance"]  # noqa: Y015

@@ -316,15 +316,20 @@ class Strategy(ABC):
     def _is_behind(self) -> bool:
         """Whether the swarm is too far on: further than is allowed, or as far if this peer is left out of rounds.
 
-        It could lag for ever otherwise. Who is not left out may be behind another group, and awaited by its own.
+        It could lag for ever otherwise. Who is not left out may be behind another group, and awaited by its own. An
+        archive that is further on than all who train counts likewise: the swarm was there once.
         """
-        behind = self.transport.standing().epoch - self._round
+        behind = self._furthest() - self._round
         return behind > self.config.max_allowed_epoch_difference - self._may_lag
+
+    def _furthest(self) -> int:
+        standing = self.transport.standing()
+        return max(standing.epoch, standing.archived)
 
     def _catch_up(self) -> None:
         """Drop the gradients and try once to download the swarm's state; if nobody sends it, the next step tries."""
         started = monotonic()
-        log.info("epoch %d: the swarm is at %d, downloading its state", self._epoch, self.transport.standing().epoch)
+        log.info("epoch %d: the swarm is at %d, downloading its state", self._epoch, self._furthest())
         self._forget()
         found = self.transport.fetch_state()
         succeeded = found is not None and self._load(found[1])

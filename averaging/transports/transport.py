@@ -14,6 +14,7 @@ class Standing:
     epoch: int    # the highest collaborative epoch that a live peer is in
     samples: int  # gathered towards the update that ends this peer's epoch, by all peers, this one included
     peers: int    # that train, this one included
+    archived: int = 0  # epoch of the newest state that an archive hands out; 0: there is none
     minority: bool = False  # more than half of the peers of this peer's epoch have other parameters than it
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from averaging.config import Averaging
-from averaging.records import PeerRecord
+from averaging.records import ARCHIVING, PeerRecord
 from averaging.roster import group_of, known, majority, members, next_reading, partition, standing
 
 CONFIG = Averaging(target_batch_size=1000, target_group_size=4, min_refresh_period=0.5, default_refresh_period=3.0,
@@ -143,6 +143,18 @@ def test_who_does_not_train_counts_for_nothing_in_the_standing() -> None:
     records = [record("a", auxiliary=True, samples_accumulated=9, epoch=9), record("b", state="leaving", epoch=9)]
     there = standing(records, "me", 5, 1, now=100.0)
     assert (there.samples, there.peers, there.epoch) == (1, 1, 5)
+
+
+def test_an_archive_counts_for_nothing_but_what_it_has() -> None:
+    archive = record("archive", state=ARCHIVING, epoch=6, samples_accumulated=9, samples_per_second=9.0, sketch=b"x",
+                     time=LATER)
+    records = [record("me", sketch=b"y"), record("a", sketch=b"y"), archive]
+    there = standing(records, "me", 5, 1, LATER)
+    assert (there.samples, there.peers, there.epoch, there.archived, there.minority) == (1, 2, 5, 6, False)
+    assert members(records, "me", 5, known_before=1, now=LATER) == ("a", "me")
+    assert known(records, "me", 5, frozenset(), LATER) == {"a", "me"}
+    assert majority(records, 6) == (b"", ())
+    assert next_reading([record("me"), archive], "me", CONFIG, LATER) == CONFIG.default_refresh_period
 
 
 def test_readings_come_closer_towards_the_end_of_the_epoch() -> None:

@@ -168,6 +168,21 @@ def test_who_is_left_out_of_rounds_downloads_as_soon_as_the_swarm_is_ahead(left_
     assert peer.elsewhere.fetches == 1
 
 
+def test_an_archive_that_is_ahead_of_all_who_train_is_caught_up_with() -> None:
+    peer = Away()
+    peer.elsewhere.now = Standing(epoch=0, samples=0, peers=1, archived=1)
+    peer.train(batches(0, (4,)))
+    assert peer.elsewhere.fetches == 1
+
+
+def test_an_archive_that_is_not_ahead_changes_nothing() -> None:
+    peer = Away()
+    peer.epoch_ends()
+    peer.elsewhere.now = Standing(epoch=peer.stepper.epoch, samples=0, peers=1, archived=peer.stepper.epoch)
+    peer.train(batches(0, (4,)))
+    assert peer.elsewhere.fetches == 0
+
+
 def test_the_allowed_difference_is_configurable() -> None:
     peer = Away(max_allowed_epoch_difference=3)
     peer.epoch_ends()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from averaging.authorisation import OpenSwarm
 from averaging.messages import Average, Message
+from averaging.records import ARCHIVING
 from averaging.transports.swarm.all_reduce import AllReduce
 from averaging.transports.swarm.averager import Averager
 from averaging.transports.swarm.session import Session
@@ -320,6 +321,18 @@ def test_a_donor_that_hangs_costs_a_chunks_time_and_the_next_is_asked(join: Join
     assert found is not None
     assert found[0] == 4
     assert monotonic() - started < 2 * FAST["next_chunk_timeout"] + SLACK
+
+
+def test_an_archive_that_gives_nothing_is_left_alone_for_a_while(join: Join) -> None:
+    archive, asker = join(), join()
+    for peer, steps in ((archive, 1), (asker, 2)):
+        peer.swarm.offer_state(lambda steps=steps: state_of(steps))
+    archive.swarm.report(3, 0)  # what it really has is older than what the asker has
+    archive.bulletin.update(state=ARCHIVING, epoch=6)
+    asker.swarm.report(5, 0)
+    until(lambda: asker.swarm.standing().archived == 6, "the archive's record is read", 20)
+    assert asker.swarm.fetch_state() is None
+    assert asker.swarm.standing().archived == 0
 
 
 def test_a_download_waits_for_a_donors_trainer(join: Join) -> None:

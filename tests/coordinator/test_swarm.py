@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from averaging.records import PEER_STATES, PeerRecord, Rounds
+from averaging.records import ARCHIVING, PEER_STATES, PeerRecord, Rounds
 from coordinator import swarm
 from coordinator.swarm import SwarmState, observe
 
@@ -230,3 +230,9 @@ def test_the_distance_from_consensus_is_that_of_the_newest_epochs_sketches(
     state = fold((now, records))
     assert state.consensus_distance == pytest.approx(sqrt((0 + 9 + 9) / 3))
     assert fold((now, records[:1])).consensus_distance is None
+
+
+def test_an_archive_is_no_peer_of_the_swarm(record: Record, now: float) -> None:
+    state = fold((now, [record("a", epoch=3), record("archive", state=ARCHIVING, epoch=40, samples_total=99)]))
+    assert (state.peers.keys(), state.epoch, state.joins, state.counters.samples) == ({"a"}, 3, 1, 0)
+    assert fold((now, [record("archive", state=ARCHIVING, epoch=40)])).epoch == 0

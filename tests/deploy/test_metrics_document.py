@@ -9,7 +9,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from averaging.records import PeerRecord
-from coordinator.metrics import coordinator_registry
+from coordinator.archive import Archive, Evaluation
+from coordinator.metrics import FIGURES, coordinator_registry
 from coordinator.swarm import Peer, SwarmState
 from coordinator.view import About
 from peer.metrics import HELP, PeerMetrics
@@ -20,7 +21,7 @@ ROW = re.compile(r"^\| `(covey_\w+)` \| (\w+) \| (.*?) ?\| (.+) \|$", re.MULTILI
 BOTH = {"covey_epoch", "covey_loss", "covey_epoch_samples", "covey_samples_total", "covey_averaging_rounds_total",
         "covey_group_size", "covey_build_info"}
 COORDINATORS = {"covey_target_batch_size", "covey_peers", "covey_peer_joins_total", "covey_peer_departures_total",
-                "covey_auth_failures_total"}
+                "covey_auth_failures_total", "covey_checkpoint_last_success_timestamp_seconds"}
 PEERS = {"covey_averaging_duration_seconds", "covey_matchmaking_duration_seconds", "covey_network_bytes_total",
          "covey_state_load_duration_seconds", "covey_checkpoint_last_success_timestamp_seconds",
          "covey_rejected_contributions_total", "covey_gpu_memory_used_bytes"}
@@ -51,7 +52,8 @@ def a_coordinator() -> CollectorRegistry:
         samples_per_second=1.0, group_size=2, version="0.1.0", device="cpu", client_mode=False, time=0.0,
         sketch=bytes(136)), heard=0.0) for name in ("ada", "grace")}
     state = SwarmState(peers=peers, epoch=1)
-    return coordinator_registry(lambda: state, about, clock=lambda: 0.0)
+    archive = Archive(epoch=1, evaluations=(Evaluation(1, dict.fromkeys(FIGURES, 0.5)),))
+    return coordinator_registry(lambda: state, about, clock=lambda: 0.0, archive=lambda: archive)
 
 
 def a_peer() -> CollectorRegistry:

@@ -95,4 +95,16 @@ def coordinators_truth(swarm: dict[str, Any]) -> Samples:
            for reason in ("left", "lost")},
         **{sample_name("covey_averaging_rounds_total", kind="gradients", outcome=outcome): swarm["rounds"][outcome]
            for outcome in ("averaged", "failed", "alone")},
+        **(archives_truth(swarm["archive"]) if swarm["archive"] else {}),
         sample_name("covey_build_info", version=VERSION): 1}
+
+
+def archives_truth(archive: dict[str, Any]) -> Samples:
+    """What it should export of its archive."""
+    figures = archive["evaluations"][-1]["figures"] if archive["evaluations"] else {}
+    return {
+        sample_name("covey_checkpoint_last_success_timestamp_seconds"): archive["time_seconds"],
+        **({} if archive["epoch"] is None else {sample_name("covey_checkpoint_epoch"): archive["epoch"]}),
+        **{sample_name("covey_archive_failures_total", stage=stage): count
+           for stage, count in archive["failures"].items()},
+        **{sample_name(f"covey_{name}"): value for name, value in figures.items()}}

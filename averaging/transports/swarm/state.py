@@ -17,7 +17,7 @@ from hivemind.p2p import P2P, PeerID
 
 from averaging import roster
 from averaging.authorisation import Authoriser
-from averaging.records import PeerRecord
+from averaging.records import ARCHIVING, PeerRecord
 from averaging.transports.swarm.wire import Refused
 from proto.round_pb2 import StateReply, StateRequest
 
@@ -40,8 +40,18 @@ class Snapshot:
 def donors(records: Sequence[PeerRecord], me: str, epoch: int) -> tuple[str, ...]:
     """Whom to ask for a state, in order: those furthest on, the majority among them first, at random among equals.
 
-    Nobody who is behind `epoch`, this peer's, or whose state it has already.
+    Nobody who is behind `epoch`, this peer's, or whose state it has already. An archive that is ahead of `epoch` comes
+    after those who train, unless it is ahead of them too.
     """
+    trainers = _trainers(records, me, epoch)
+    newest = max((record.epoch for record in records if record.peer_id in trainers), default=epoch)
+    archives = sorted((-record.epoch, record.peer_id) for record in records
+                      if record.state == ARCHIVING and record.epoch > epoch and record.peer_id != me)
+    ahead = tuple(peer for behind, peer in archives if -behind > newest)
+    return (*ahead, *trainers, *(peer for _, peer in archives if peer not in ahead))
+
+
+def _trainers(records: Sequence[PeerRecord], me: str, epoch: int) -> tuple[str, ...]:
     own = next((record.sketch for record in records if record.peer_id == me), b"")
     able = [record for record in records if record.peer_id != me and record.state == "training" and not (
         record.client_mode or record.auxiliary)]

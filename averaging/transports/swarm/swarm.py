@@ -10,13 +10,13 @@ import averaging.fork  # noqa: F401
 # isort: split
 import hashlib
 import logging
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from math import ceil
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 from time import monotonic
@@ -58,6 +58,7 @@ START_SECONDS = 15.0
 LEAVE_SECONDS = 0.5    # that the averager has for taking leave
 SPARE_SECONDS = 5.0    # beyond its own deadlines that the averager may take to answer: longer, and it hangs
 STATE_HEADER = 1 << 20  # bytes at most of names and shapes in a state that travels
+ARCHIVE_REST_SECONDS = 60.0  # that an archive is left alone which gave nothing: training goes on meanwhile
 SPARE_MEMORIES = 4     # kept for the next meetings, of all sizes together
 SMOOTHING = 0.3        # share of the newest micro-batch in the mean duration
 Result = TypeVar("Result")
@@ -155,6 +156,7 @@ class Swarm:
         self._memories: list[_Memory] = []
         self._fetched: SimpleQueue[Fetched | None] = SimpleQueue()
         self._wanted: SimpleQueue[bool] = SimpleQueue()
+        self._archives_rest_until = -math.inf  # by the monotonic clock
         self._read: Callable[[], Mapping[str, Tensor]] | None = None
         self._state_bytes, self._outline = 0, dict[str, tuple[torch.dtype, torch.Size]]()
         self._is_lost, self._is_closing = False, False
@@ -205,8 +207,9 @@ class Swarm:
 
     def standing(self) -> Standing:
         """The newest that is known; never waits for the network."""
-        return roster.standing(self._bulletin.present(), self.peer_id, self._epoch, self._samples, get_dht_time(),
-                               longest_seconds=2 * self._config.max_refresh_period)
+        there = roster.standing(self._bulletin.present(), self.peer_id, self._epoch, self._samples, get_dht_time(),
+                                longest_seconds=2 * self._config.max_refresh_period)
+        return replace(there, archived=0) if monotonic() < self._archives_rest_until else there
 
     def is_due(self, epoch: int) -> bool:
         """Whether the swarm has gathered the samples that end `epoch`, or others already meet at its end."""
@@ -267,6 +270,11 @@ class Swarm:
         if not asked:
             self._bulletin.hasten()
             return None
+        if (found := self._fetch_from(asked)) is None:
+            self._archives_rest_until = monotonic() + ARCHIVE_REST_SECONDS
+        return found
+
+    def _fetch_from(self, asked: tuple[str, ...]) -> tuple[int, dict[str, Tensor]] | None:
         limit, deadline = self._state_bytes + STATE_HEADER, monotonic() + self._config.load_state_timeout
         memory, view = self._share(limit)
         self._board.epoch = -1  # in no epoch that could end: nobody is to wait for this peer, whose state it waits for
@@ -402,7 +410,7 @@ def longest_meeting(config: Averaging) -> float:
 
 def _awake(wait: Callable[[float], Result], seconds: float) -> Result:
     """What `wait`, given a timeout, returns within `seconds`, not counting those for which this process is stopped."""
-    for _ in range(ceil(seconds) - 1):
+    for _ in range(math.ceil(seconds) - 1):
         with suppress(TimeoutError, Empty):
             return wait(1.0)
     return wait(1.0)
