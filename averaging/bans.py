@@ -17,7 +17,7 @@ from averaging.identity import is_signed
 from averaging.membership import bans_words
 from proto.authority_pb2 import Bans, SignedBans
 
-LONGEST = 1 << 19     # bytes of a signed list: some ten thousand peers
+LONGEST = 1 << 20     # bytes of a signed list: some ten thousand peers, banned or not any more
 LOOK_SECONDS = 1.0    # between two looks at the file
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from grpc import StatusCode, aio
 
 from averaging.private_file import write_private
-from coordinator import ledger
+from coordinator import members
 from coordinator.authority import Authority
 from coordinator.local_server import serve_locally
 from proto.authority_pb2 import (
@@ -82,7 +82,7 @@ class AdminService(AdminServicer):
             await context.abort(StatusCode.UNAUTHENTICATED, "no good admin token; expected the one in the "
                                 "coordinator's state directory. Set COVEY_ADMIN_TOKEN to it.")
 
-    def _invite(self, invite: ledger.Invite) -> Invite:
+    def _invite(self, invite: members.Invite) -> Invite:
         return Invite(code=invite.code, label=invite.label, uses_left=invite.uses_left, expires=invite.expires,
                       revoked=invite.revoked, used=invite.used, link=self._link(invite.code))
 
@@ -94,7 +94,7 @@ async def _answer(context: Context, ask: Callable[..., Result], *arguments: Any,
         await context.abort(StatusCode.INVALID_ARGUMENT, f"{error.found}; expected {error.expected}. {error.mend}")
 
 
-def _member(member: ledger.Member) -> Member:
+def _member(member: members.Member) -> Member:
     return Member(peer_id=member.peer_id, name=member.name, invite=member.invite, enrolled=member.enrolled,
                   renewed=member.renewed, banned=member.reason is not None, reason=member.reason or "")
 

@@ -8,9 +8,10 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import repeat
 from pathlib import Path
 
 from averaging.authorisation import issue_token
@@ -18,7 +19,9 @@ from averaging.bans import BanFile
 from averaging.dht import open_identity
 from averaging.identity import is_signed, peer_id_of
 from averaging.membership import bans_words, enrolment_words, experiment_words
-from coordinator.ledger import Invite, Ledger, Member
+from coordinator.facts import BanFact, Facts
+from coordinator.ledger import Ledger
+from coordinator.members import Invite, Member
 from proto.authority_pb2 import Bans, SignedBans
 from proto.coordinator_pb2 import EnrolRequest
 from training.errors import BadInput
@@ -68,8 +71,7 @@ class Authority:
         self._run_id, self.is_open, self._token_seconds, self._clock = run_id, is_open, token_seconds, clock
         if not self.ledger.invites():
             self.create_invite(FIRST_INVITE)
-        if self.ledger.bans() != list(self.ban_file.newest().bans.peer_ids):  # it ended between the two
-            self.sign_bans()
+        self.tend_bans()  # it may have ended between an order and its signature
 
     # -- letting in --
 
@@ -83,11 +85,11 @@ class Authority:
 
     def _enrol(self, request: EnrolRequest) -> Grant:
         peer_id, now = self._check(request), self._clock()
-        member = self.ledger.find_member(peer_id)
         if peer_id in self.ban_file.newest().peer_ids:
-            reason = f" ({member.reason})" if member and member.reason else ""
+            ban = self.ledger.facts().bans.get(peer_id)
+            reason = f" ({ban.reason})" if ban and ban.reason else ""
             raise Denied("banned", f"this volunteer is banned{reason}; expected one who is not. Ask the operator.")
-        if member and member.peer_id == peer_id:
+        if self.ledger.is_member(peer_id):
             name = self.ledger.renew(peer_id, request.name, now)
         else:
             name = self._admit(peer_id, request, now)
@@ -177,23 +179,44 @@ class Authority:
             raise BadInput(f"volunteer {peer[:NAME_LETTERS]!r}", expected="the name or peer id of a member",
                            mend="`covey status LINK` shows them.")
         if lift:
-            self.ledger.lift(member.peer_id)
+            self.ledger.lift(member.peer_id, self._clock())
         else:
             self.ledger.ban(member.peer_id, reason, self._clock())
         self.sign_bans()
         log.info("%r (%s): %s", member.name, member.peer_id, "ban lifted" if lift else f"banned: {reason}")
         return next(found for found in self.ledger.members() if found.peer_id == member.peer_id)
 
-    def keep_bans_fresh(self) -> None:
-        """To be called now and then: the DHT forgets a list that expires."""
-        newest = self.ban_file.newest()
-        if newest.signed and newest.bans.expires - self._clock() < BANS_SECONDS - DAY_SECONDS:
-            self.sign_bans()
+    def tend_bans(self) -> bool:
+        """To be called now and then: take in what another coordinator has ordered, and sign the list anew if it does
+        not say all that is known, or is a day old: the DHT forgets one that expires. Whether it was signed."""
+        newest, now = self.ban_file.newest(), self._clock()
+        heard = Facts(bans=_orders(newest.bans), serial=newest.bans.serial)
+        self.ledger.learn(heard)
+        is_old = newest.signed and newest.bans.expires - now < BANS_SECONDS - DAY_SECONDS
+        if not is_old and _without_reasons(self.ledger.facts().bans) == heard.bans:
+            return False
+        self.sign_bans()
+        return True
 
     def sign_bans(self) -> None:
         """Sign the list anew, into `ban_file`."""
         now = self._clock()
-        bans = Bans(run_id=self._run_id, serial=self.ledger.next_serial(now), expires=now + BANS_SECONDS,
-                    peer_ids=self.ledger.bans()).SerializeToString()
-        signed = SignedBans(bans=bans, signature=self._key.sign(bans_words(bans))).SerializeToString()
-        self.ban_file.offer(signed)
+        serial = self.ledger.next_serial(now, self.ban_file.newest().bans.serial)
+        orders = sorted(self.ledger.facts().bans.values(), key=lambda order: order.peer_id)
+        banned, lifted = ([order for order in orders if order.banned is wanted] for wanted in (True, False))
+        bans = Bans(run_id=self._run_id, serial=serial, expires=now + BANS_SECONDS,
+                    peer_ids=[order.peer_id for order in banned], times=[order.time for order in banned],
+                    lifted=[order.peer_id for order in lifted], lifted_times=[order.time for order in lifted])
+        words = bans.SerializeToString()
+        self.ban_file.offer(SignedBans(bans=words, signature=self._key.sign(bans_words(words))).SerializeToString())
+
+
+def _orders(bans: Bans) -> dict[str, BanFact]:
+    """What a list says, as the ledger keeps it; the reasons are not for all to read."""
+    return {peer_id: BanFact(peer_id, time, banned, "") for peer_ids, times, banned in (
+                (bans.peer_ids, bans.times, True), (bans.lifted, bans.lifted_times, False))
+            for peer_id, time in zip(peer_ids, times or repeat(0.0), strict=False)}  # version 1 gave no times
+
+
+def _without_reasons(bans: Mapping[str, BanFact]) -> dict[str, BanFact]:
+    return {peer_id: replace(ban, reason="") for peer_id, ban in bans.items()}

@@ -1,58 +1,49 @@
 """Who may take part: invites, members and bans, in an SQLite file of the coordinator's state directory."""
 
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, fields
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from coordinator.facts import (
+    TICK,
+    BanFact,
+    CoordinatorFact,
+    Facts,
+    InviteFact,
+    MemberFact,
+    UseFact,
+    by_key,
+    merge,
+)
+from coordinator.members import Invite, Member, free, invites_of, members_of, told_apart
 from training.errors import BadInput
 
-VERSION = 1
+VERSION = 2
+TABLES = {"invites": InviteFact, "members": MemberFact, "uses": UseFact, "bans": BanFact,
+          "coordinators": CoordinatorFact}  # as Facts has them; each table has its fact's fields, in order
 SCHEMA = """
-create table invites (code text primary key, label text not null unique, created real not null, expires real,
-  uses_left integer, revoked integer not null default 0, used integer not null default 0);
-create table members (peer_id text primary key, name text not null unique, public_key blob not null,
-  invite text not null, enrolled real not null, renewed real not null);
-create table bans (peer_id text primary key, reason text not null, time real not null);
-create table lists (serial integer primary key autoincrement, time real not null);
+create table invites (code text primary key, label text not null, created real not null, expires real, uses integer,
+  revoked integer not null);
+create table members (peer_id text primary key, name text not null, public_key blob not null, enrolled real not null,
+  renewed real not null);
+create table uses (code text not null, peer_id text not null, time real not null, primary key (code, peer_id));
+create table bans (peer_id text primary key, time real not null, banned integer not null, reason text not null);
+create table coordinators (peer_id text primary key, time real not null, link text not null, addresses text not null);
+create table if not exists lists (serial integer primary key autoincrement, time real not null);
 """
-
-
-@dataclass(frozen=True)
-class Invite:
-    """Times in Unix seconds; None: no end, or any number."""
-
-    code: str
-    label: str
-    created: float
-    expires: float | None
-    uses_left: int | None
-    revoked: bool
-    used: int  # volunteers who have enrolled with it
-
-    def refusal(self, now: float) -> str | None:
-        """Why nobody can enrol with it at `now`; None: somebody can."""
-        if self.revoked:
-            return "revoked"
-        if self.expires is not None and self.expires <= now:
-            return "expired"
-        return "used up" if self.uses_left == 0 else None
-
-
-@dataclass(frozen=True)
-class Member:
-    """Who has enrolled. `reason`: of its ban; None: it is not banned."""
-
-    peer_id: str
-    name: str
-    public_key: bytes
-    invite: str  # the label of the one that it enrolled with; empty: none was needed
-    enrolled: float
-    renewed: float
-    reason: str | None
+FROM_1 = f"""
+alter table invites rename to old_invites; alter table members rename to old_members;
+alter table bans rename to old_bans; {SCHEMA}
+insert into invites select code, label, created, expires, uses_left + used, revoked from old_invites;
+insert into members select peer_id, name, public_key, enrolled, renewed from old_members;
+insert into uses select code, peer_id, enrolled from old_members join old_invites on label = invite;
+insert into bans select peer_id, time, 1, reason from old_bans;
+drop table old_invites; drop table old_members; drop table old_bans;
+"""  # noqa: S608
 
 
 class Ledger:
@@ -64,6 +55,7 @@ class Ledger:
         path.touch(mode=0o600)  # SQLite would let others read it
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self._db.row_factory = sqlite3.Row
+        self._known: tuple[int, Facts] | None = None
         try:
             self._db.execute("pragma journal_mode = wal")
             self._db.execute("pragma synchronous = full")
@@ -75,8 +67,9 @@ class Ledger:
 
     def _make(self) -> None:
         (version,) = self._db.execute("pragma user_version").fetchone()
-        if version == 0:
-            self._db.executescript(f"begin; {SCHEMA} pragma user_version = {VERSION}; commit;")
+        if version in {0, 1}:
+            script = FROM_1 if version else SCHEMA
+            self._db.executescript(f"begin; {script} pragma user_version = {VERSION}; commit;")
         elif version != VERSION:
             raise sqlite3.DatabaseError(f"version {version}")
 
@@ -96,28 +89,50 @@ class Ledger:
                 raise
             self._db.execute("commit")
 
-    def _read(self, query: str, values: Mapping[str, Any] | None = None) -> list[sqlite3.Row]:
+    # -- what other coordinators are told --
+
+    def facts(self) -> Facts:
+        """All that is known; the same object until something changes."""
         with self._lock:
-            return self._db.execute(query, values or {}).fetchall()
+            if self._known is None or self._known[0] != self._db.total_changes:
+                self._known = self._db.total_changes, _facts(self._db)
+            return self._known[1]
+
+    def learn(self, told: Facts) -> bool:
+        """Take in what another coordinator knows; whether any of it was new."""
+        if merge(known := self.facts(), told) == known:
+            return False
+        with self._writing() as db:
+            known = _facts(db)
+            merged = merge(known, told)
+            for name, kind in TABLES.items():
+                before, marks = getattr(known, name), ", ".join("?" * len(fields(kind)))
+                db.executemany(f"insert or replace into {name} values ({marks})", [  # noqa: S608 - a name of TABLES
+                    astuple(fact) for key, fact in getattr(merged, name).items() if before.get(key) != fact])
+            if merged.serial > known.serial:
+                db.execute("insert into lists (serial, time) values (?, 0)", (merged.serial,))
+        return True
 
     # -- invites --
 
     def invites(self) -> list[Invite]:
         """All, the oldest first."""
-        return [_invite(row) for row in self._read("select * from invites order by created, code")]
+        return invites_of(self.facts())
 
     def find_invite(self, code_or_label: str) -> Invite | None:
         """The one with this code, or else this label."""
-        rows = self._read("select * from invites where :it in (code, label) order by code = :it desc",
-                          {"it": code_or_label})
-        return _invite(rows[0]) if rows else None
+        found = self.invites()
+        return next((invite for invite in found if invite.code == code_or_label),
+                    next((invite for invite in found if invite.label == code_or_label), None))
 
     def add_invite(self, invite: Invite) -> bool:
         """False: there is one with this label already."""
         with self._writing() as db:
-            return db.execute(
-                "insert or ignore into invites (code, label, created, expires, uses_left) values (?, ?, ?, ?, ?)",
-                (invite.code, invite.label, invite.created, invite.expires, invite.uses_left)).rowcount == 1
+            if invite.label in {other.label for other in invites_of(_facts(db))}:
+                return False
+            db.execute("insert into invites values (?, ?, ?, ?, ?, 0)",
+                       (invite.code, invite.label, invite.created, invite.expires, invite.uses_left))
+            return True
 
     def revoke_invite(self, code: str) -> None:
         """From now on nobody enrols with it."""
@@ -128,13 +143,18 @@ class Ledger:
 
     def members(self) -> list[Member]:
         """All, by name."""
-        return [_member(row) for row in self._read(f"{MEMBERS} order by name")]
+        return sorted(members_of(self.facts()), key=lambda member: member.name)
 
     def find_member(self, peer: str) -> Member | None:
         """The one with this peer id, or else this name."""
-        rows = self._read(f"{MEMBERS} where :it in (members.peer_id, name) order by members.peer_id = :it desc",
-                          {"it": peer})
-        return _member(rows[0]) if rows else None
+        found = list(members_of(self.facts()))
+        return next((member for member in found if member.peer_id == peer),
+                    next((member for member in found if member.name == peer), None))
+
+    def is_member(self, peer_id: str) -> bool:
+        """Whether it has enrolled."""
+        with self._lock:
+            return self._db.execute("select 1 from members where peer_id = ?", (peer_id,)).fetchone() is not None
 
     def enrol(self, peer_id: str, name: str, public_key: bytes, code: str, now: float) -> str:
         """Make it a member by the invite `code` (empty: none is needed); the name it gets, which nobody else has.
@@ -143,71 +163,80 @@ class Ledger:
         asked twice at once) is renewed.
         """
         with self._writing() as db:
-            given = _free(db, name, peer_id)
-            if db.execute("update members set name = ?, renewed = ? where peer_id = ?",
-                          (given, now, peer_id)).rowcount:
+            if given := _renewed(db, peer_id, name, now):
                 return given
-            label = _use(db, code, now) if code else ""
-            db.execute("insert into members values (?, ?, ?, ?, ?, ?)",
-                       (peer_id, given, public_key, label, now, now))
+            if code:
+                _use(db, code, peer_id, now)
+            given = _free(db, name, peer_id)
+            db.execute("insert into members values (?, ?, ?, ?, ?)", (peer_id, given, public_key, now, now))
             return given
 
     def renew(self, peer_id: str, name: str, now: float) -> str:
         """A member comes again; its name, the new one if it wishes another."""
         with self._writing() as db:
-            given = _free(db, name, peer_id)
-            db.execute("update members set name = ?, renewed = ? where peer_id = ?", (given, now, peer_id))
-            return given
+            return _renewed(db, peer_id, name, now)
 
     # -- bans --
 
     def bans(self) -> list[str]:
         """The peer ids that are banned, sorted."""
-        return [row["peer_id"] for row in self._read("select peer_id from bans order by peer_id")]
+        return sorted(peer_id for peer_id, ban in self.facts().bans.items() if ban.banned)
 
     def ban(self, peer_id: str, reason: str, now: float) -> None:
         """Add it to the bans, or change the reason."""
-        with self._writing() as db:
-            db.execute("insert or replace into bans values (?, ?, ?)", (peer_id, reason, now))
+        self._order(peer_id, now, banned=True, reason=reason)
 
-    def lift(self, peer_id: str) -> None:
+    def lift(self, peer_id: str, now: float) -> None:
         """Take it from the bans."""
-        with self._writing() as db:
-            db.execute("delete from bans where peer_id = ?", (peer_id,))
+        self._order(peer_id, now, banned=False, reason="")
 
-    def next_serial(self, now: float) -> int:
-        """A number for a new list of bans, higher than all before it."""
+    def _order(self, peer_id: str, now: float, *, banned: bool, reason: str) -> None:
         with self._writing() as db:
-            serial = db.execute("insert into lists (time) values (?)", (now,)).lastrowid
-        assert serial is not None
+            db.execute("insert into bans values (:it, :now, :banned, :reason) on conflict (peer_id) do update set "
+                       "time = max(:now, time + :tick), banned = :banned, reason = :reason",
+                       {"it": peer_id, "now": now, "banned": banned, "reason": reason, "tick": TICK})
+
+    def next_serial(self, now: float, heard: int = 0) -> int:
+        """A number for a new list of bans, higher than all before it, and than one that was `heard` of."""
+        with self._writing() as db:
+            serial = max(_serial(db), heard) + 1
+            db.execute("insert into lists values (?, ?)", (serial, now))
         return serial
 
 
-MEMBERS = "select members.*, bans.reason from members left join bans on bans.peer_id = members.peer_id"
+def _facts(db: sqlite3.Connection) -> Facts:
+    found = {name: by_key(_fact(kind, row) for row in db.execute(f"select * from {name}"))  # noqa: S608
+             for name, kind in TABLES.items()}
+    return Facts(**found, serial=_serial(db))
 
 
-def _invite(row: sqlite3.Row) -> Invite:
-    return Invite(**{**dict(row), "revoked": bool(row["revoked"])})
+def _fact(kind: type[Any], row: sqlite3.Row) -> Any:
+    return kind(**{name: bool(row[name]) if name in {"revoked", "banned"} else row[name] for name in row.keys()})  # noqa: SIM118
 
 
-def _member(row: sqlite3.Row) -> Member:
-    return Member(**dict(row))
+def _serial(db: sqlite3.Connection) -> int:
+    return int(db.execute("select coalesce(max(serial), 0) from lists").fetchone()[0])
 
 
-def _use(db: sqlite3.Connection, code: str, now: float) -> str:
-    """One use of the invite; its label."""
-    row = db.execute(
-        "update invites set uses_left = uses_left - 1, used = used + 1 where code = ? and not revoked and "
-        "coalesce(uses_left, 1) > 0 and coalesce(expires, ?) > ? returning label", (code, now + 1, now)).fetchone()
-    if row is None:
+def _renewed(db: sqlite3.Connection, peer_id: str, name: str, now: float) -> str:
+    """The member's name from now on; empty if it is none."""
+    given = _free(db, name, peer_id)
+    changed = db.execute("update members set name = ?, renewed = max(?, renewed + ?) where peer_id = ?",
+                         (given, now, TICK, peer_id)).rowcount
+    return given if changed else ""
+
+
+def _use(db: sqlite3.Connection, code: str, peer_id: str, now: float) -> None:
+    """One use of the invite."""
+    if not db.execute(
+            "insert into uses select code, ?, ? from invites where code = ? and not revoked and coalesce(expires, ?) > "
+            "? and (uses is null or uses > (select count(*) from uses as past where past.code = invites.code))",
+            (peer_id, now, code, now + 1, now)).rowcount:
         raise ValueError("the invite can't be used any more")
-    return str(row["label"])
 
 
 def _free(db: sqlite3.Connection, name: str, peer_id: str) -> str:
     """`name`, or with a number behind it, so that no other member has it."""
-    number, given = 1, name
-    while db.execute("select 1 from members where name = ? and peer_id != ?", (given, peer_id)).fetchone():
-        number += 1
-        given = f"{name[:64 - len(str(number)) - 1]}-{number}"
-    return given
+    names = told_apart((row["peer_id"], row["name"]) for row in db.execute(
+        "select peer_id, name from members order by enrolled, peer_id"))
+    return free(name, {given for other, given in names.items() if other != peer_id})

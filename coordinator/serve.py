@@ -120,7 +120,8 @@ async def _follow(follower: SwarmFollower, authority: Authority, node: Node, sto
             logger.error("the DHT node died; exiting, so that whoever supervises this process starts it again")
             raise SystemExit(1)
         await follower.refresh()
-        authority.keep_bans_fresh()
+        if await asyncio.to_thread(authority.tend_bans):
+            node.publish_bans()
         known = _remember(node, follower.state, known)
         publish()  # also after a reading that failed: the page then says how old its figures are
         with suppress(TimeoutError):

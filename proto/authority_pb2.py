@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15proto/authority.proto\x12\x08\x63ovey.v1\"I\n\x04\x42\x61ns\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06serial\x18\x02 \x01(\x04\x12\x0f\n\x07\x65xpires\x18\x03 \x01(\x01\x12\x10\n\x08peer_ids\x18\x04 \x03(\t\"-\n\nSignedBans\x12\x0c\n\x04\x62\x61ns\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"X\n\tNewInvite\x12\r\n\x05label\x18\x01 \x01(\t\x12\x11\n\x04uses\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07\x65xpires\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x07\n\x05_usesB\n\n\x08_expires\"\x9a\x01\n\x06Invite\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x16\n\tuses_left\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07\x65xpires\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x0f\n\x07revoked\x18\x05 \x01(\x08\x12\x0c\n\x04used\x18\x06 \x01(\r\x12\x0c\n\x04link\x18\x07 \x01(\tB\x0c\n\n_uses_leftB\n\n\x08_expires\"\x14\n\x12ListInvitesRequest\",\n\x07Invites\x12!\n\x07invites\x18\x01 \x03(\x0b\x32\x10.covey.v1.Invite\"$\n\x0bWhichInvite\x12\x15\n\rcode_or_label\x18\x01 \x01(\t\"8\n\nBanRequest\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0c\n\x04lift\x18\x03 \x01(\x08\"\x14\n\x12ListMembersRequest\",\n\x07Members\x12!\n\x07members\x18\x01 \x03(\x0b\x32\x10.covey.v1.Member\"z\n\x06Member\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06invite\x18\x03 \x01(\t\x12\x10\n\x08\x65nrolled\x18\x04 \x01(\x01\x12\x0f\n\x07renewed\x18\x05 \x01(\x01\x12\x0e\n\x06\x62\x61nned\x18\x06 \x01(\x08\x12\x0e\n\x06reason\x18\x07 \x01(\t2\xa6\x02\n\x05\x41\x64min\x12\x35\n\x0c\x43reateInvite\x12\x13.covey.v1.NewInvite\x1a\x10.covey.v1.Invite\x12>\n\x0bListInvites\x12\x1c.covey.v1.ListInvitesRequest\x1a\x11.covey.v1.Invites\x12\x37\n\x0cRevokeInvite\x12\x15.covey.v1.WhichInvite\x1a\x10.covey.v1.Invite\x12-\n\x03\x42\x61n\x12\x14.covey.v1.BanRequest\x1a\x10.covey.v1.Member\x12>\n\x0bListMembers\x12\x1c.covey.v1.ListMembersRequest\x1a\x11.covey.v1.Membersb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15proto/authority.proto\x12\x08\x63ovey.v1\"~\n\x04\x42\x61ns\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06serial\x18\x02 \x01(\x04\x12\x0f\n\x07\x65xpires\x18\x03 \x01(\x01\x12\x10\n\x08peer_ids\x18\x04 \x03(\t\x12\r\n\x05times\x18\x05 \x03(\x01\x12\x0e\n\x06lifted\x18\x06 \x03(\t\x12\x14\n\x0clifted_times\x18\x07 \x03(\x01\"-\n\nSignedBans\x12\x0c\n\x04\x62\x61ns\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"X\n\tNewInvite\x12\r\n\x05label\x18\x01 \x01(\t\x12\x11\n\x04uses\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07\x65xpires\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x07\n\x05_usesB\n\n\x08_expires\"\x9a\x01\n\x06Invite\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x16\n\tuses_left\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07\x65xpires\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x0f\n\x07revoked\x18\x05 \x01(\x08\x12\x0c\n\x04used\x18\x06 \x01(\r\x12\x0c\n\x04link\x18\x07 \x01(\tB\x0c\n\n_uses_leftB\n\n\x08_expires\"\x14\n\x12ListInvitesRequest\",\n\x07Invites\x12!\n\x07invites\x18\x01 \x03(\x0b\x32\x10.covey.v1.Invite\"$\n\x0bWhichInvite\x12\x15\n\rcode_or_label\x18\x01 \x01(\t\"8\n\nBanRequest\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0c\n\x04lift\x18\x03 \x01(\x08\"\x14\n\x12ListMembersRequest\",\n\x07Members\x12!\n\x07members\x18\x01 \x03(\x0b\x32\x10.covey.v1.Member\"z\n\x06Member\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0e\n\x06invite\x18\x03 \x01(\t\x12\x10\n\x08\x65nrolled\x18\x04 \x01(\x01\x12\x0f\n\x07renewed\x18\x05 \x01(\x01\x12\x0e\n\x06\x62\x61nned\x18\x06 \x01(\x08\x12\x0e\n\x06reason\x18\x07 \x01(\t2\xa6\x02\n\x05\x41\x64min\x12\x35\n\x0c\x43reateInvite\x12\x13.covey.v1.NewInvite\x1a\x10.covey.v1.Invite\x12>\n\x0bListInvites\x12\x1c.covey.v1.ListInvitesRequest\x1a\x11.covey.v1.Invites\x12\x37\n\x0cRevokeInvite\x12\x15.covey.v1.WhichInvite\x1a\x10.covey.v1.Invite\x12-\n\x03\x42\x61n\x12\x14.covey.v1.BanRequest\x1a\x10.covey.v1.Member\x12>\n\x0bListMembers\x12\x1c.covey.v1.ListMembersRequest\x1a\x11.covey.v1.Membersb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,27 +32,27 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'proto.authority_pb2', _glob
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_BANS']._serialized_start=35
-  _globals['_BANS']._serialized_end=108
-  _globals['_SIGNEDBANS']._serialized_start=110
-  _globals['_SIGNEDBANS']._serialized_end=155
-  _globals['_NEWINVITE']._serialized_start=157
-  _globals['_NEWINVITE']._serialized_end=245
-  _globals['_INVITE']._serialized_start=248
-  _globals['_INVITE']._serialized_end=402
-  _globals['_LISTINVITESREQUEST']._serialized_start=404
-  _globals['_LISTINVITESREQUEST']._serialized_end=424
-  _globals['_INVITES']._serialized_start=426
-  _globals['_INVITES']._serialized_end=470
-  _globals['_WHICHINVITE']._serialized_start=472
-  _globals['_WHICHINVITE']._serialized_end=508
-  _globals['_BANREQUEST']._serialized_start=510
-  _globals['_BANREQUEST']._serialized_end=566
-  _globals['_LISTMEMBERSREQUEST']._serialized_start=568
-  _globals['_LISTMEMBERSREQUEST']._serialized_end=588
-  _globals['_MEMBERS']._serialized_start=590
-  _globals['_MEMBERS']._serialized_end=634
-  _globals['_MEMBER']._serialized_start=636
-  _globals['_MEMBER']._serialized_end=758
-  _globals['_ADMIN']._serialized_start=761
-  _globals['_ADMIN']._serialized_end=1055
+  _globals['_BANS']._serialized_end=161
+  _globals['_SIGNEDBANS']._serialized_start=163
+  _globals['_SIGNEDBANS']._serialized_end=208
+  _globals['_NEWINVITE']._serialized_start=210
+  _globals['_NEWINVITE']._serialized_end=298
+  _globals['_INVITE']._serialized_start=301
+  _globals['_INVITE']._serialized_end=455
+  _globals['_LISTINVITESREQUEST']._serialized_start=457
+  _globals['_LISTINVITESREQUEST']._serialized_end=477
+  _globals['_INVITES']._serialized_start=479
+  _globals['_INVITES']._serialized_end=523
+  _globals['_WHICHINVITE']._serialized_start=525
+  _globals['_WHICHINVITE']._serialized_end=561
+  _globals['_BANREQUEST']._serialized_start=563
+  _globals['_BANREQUEST']._serialized_end=619
+  _globals['_LISTMEMBERSREQUEST']._serialized_start=621
+  _globals['_LISTMEMBERSREQUEST']._serialized_end=641
+  _globals['_MEMBERS']._serialized_start=643
+  _globals['_MEMBERS']._serialized_end=687
+  _globals['_MEMBER']._serialized_start=689
+  _globals['_MEMBER']._serialized_end=811
+  _globals['_ADMIN']._serialized_start=814
+  _globals['_ADMIN']._serialized_end=1108
 # @@protoc_insertion_point(module_scope)

@@ -28,6 +28,9 @@ class Bans(_message.Message):
     SERIAL_FIELD_NUMBER: _builtins.int
     EXPIRES_FIELD_NUMBER: _builtins.int
     PEER_IDS_FIELD_NUMBER: _builtins.int
+    TIMES_FIELD_NUMBER: _builtins.int
+    LIFTED_FIELD_NUMBER: _builtins.int
+    LIFTED_TIMES_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     serial: _builtins.int
     """a list with a higher one replaces it"""
@@ -37,6 +40,20 @@ class Bans(_message.Message):
     def peer_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """libp2p's, base58, sorted"""
 
+    @_builtins.property
+    def times(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """For the run's coordinators, which so hear of each other's orders though they can't reach each other.
+        Unix seconds: when each of peer_ids was banned
+        """
+
+    @_builtins.property
+    def lifted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """peer ids whose ban was lifted, sorted"""
+
+    @_builtins.property
+    def lifted_times(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """when"""
+
     def __init__(
         self,
         *,
@@ -44,10 +61,13 @@ class Bans(_message.Message):
         serial: _builtins.int = ...,
         expires: _builtins.float = ...,
         peer_ids: _abc.Iterable[_builtins.str] | None = ...,
+        times: _abc.Iterable[_builtins.float] | None = ...,
+        lifted: _abc.Iterable[_builtins.str] | None = ...,
+        lifted_times: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires", b"expires", "peer_ids", b"peer_ids", "run_id", b"run_id", "serial", b"serial"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expires", b"expires", "lifted", b"lifted", "lifted_times", b"lifted_times", "peer_ids", b"peer_ids", "run_id", b"run_id", "serial", b"serial", "times", b"times"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -374,19 +374,92 @@ def test_bans_that_come_at_once_are_all_in_the_list(authority: Authority, ask: A
 
 def test_the_list_is_signed_anew_a_day_later_so_that_the_dht_never_forgets_it(
         authority: Authority, ask: Ask, clock: Clock) -> None:
-    authority.keep_bans_fresh()
+    authority.tend_bans()
     assert authority.ban_file.newest().signed == b""  # there is none to keep
     authority.enrol(ask(0, "eve", invite=first(authority)))
     authority.ban("eve", "")
     before = authority.ban_file.newest()
     clock.now += DAY_SECONDS
-    authority.keep_bans_fresh()
+    authority.tend_bans()
     assert authority.ban_file.newest().signed == before.signed
     clock.now += 1
-    authority.keep_bans_fresh()
+    authority.tend_bans()
     fresh = authority.ban_file.newest()
     assert fresh.bans.serial > before.bans.serial
     assert (fresh.peer_ids, fresh.bans.expires) == (before.peer_ids, clock.now + BANS_SECONDS)
+
+
+# -- a second authority with the same key --
+
+@pytest.fixture
+def second(tmp_path: Path, clock: Clock, authority_key: bytes) -> Iterator[Authority]:
+    folder = tmp_path / "second"
+    folder.mkdir()
+    (folder / "authority.key").write_bytes(authority_key)
+    with closing(Authority(folder, RUN, is_open=False, clock=clock)) as made:
+        yield made
+
+
+def hear(listener: Authority, speaker: Authority) -> None:
+    """Its list of bans, and nothing else, by way of the DHT."""
+    listener.ban_file.offer(speaker.ban_file.newest().signed)
+    listener.tend_bans()
+
+
+def test_bans_that_two_order_while_apart_are_all_in_the_list_that_both_sign_at_last(
+        authority: Authority, second: Authority, ask: Ask, clock: Clock) -> None:
+    for number, name in enumerate(("eve", "mallory")):
+        authority.enrol(ask(number, name, invite=first(authority)))
+    second.ledger.learn(authority.ledger.facts())
+    banned = {authority.ban("eve", "spam").peer_id}
+    clock.now += 1
+    banned.add(second.ban("mallory", "noise").peer_id)
+    serials = {one.ban_file.newest().bans.serial for one in (authority, second)}
+    assert len(serials) == 1  # so either list alone would keep the other from being heard
+    for listener, speaker in ((second, authority), (authority, second), (second, authority), (authority, second)):
+        hear(listener, speaker)
+    assert authority.ban_file.newest().signed == second.ban_file.newest().signed
+    assert authority.ban_file.newest().peer_ids == banned
+    assert authority.ban_file.newest().bans.serial > max(serials)
+    assert denied(authority, ask(1, "mallory")).reason == "banned"
+    reasons = [member.reason for member in second.ledger.members()]
+    assert reasons == ["", "noise"]  # a reason is not for all to read: it comes with the ledger
+    second.ledger.learn(authority.ledger.facts())
+    assert [member.reason for member in second.ledger.members()] == ["spam", "noise"]
+    assert not second.tend_bans()
+
+
+def test_a_ban_that_one_lifts_is_not_brought_back_by_the_other(
+        authority: Authority, second: Authority, ask: Ask) -> None:
+    authority.enrol(ask(0, "eve", invite=first(authority)))
+    second.ledger.learn(authority.ledger.facts())
+    authority.ban("eve", "spam")
+    hear(second, authority)
+    second.ban("eve", "", lift=True)
+    hear(authority, second)
+    assert authority.ledger.bans() == []
+    assert authority.ban_file.newest().signed == second.ban_file.newest().signed
+    assert authority.enrol(ask(0, "eve")).name == "eve"
+    authority.ban("eve", "again")
+    hear(second, authority)
+    assert second.ban_file.newest().peer_ids == set(authority.ledger.bans()) != set()
+
+
+def test_a_ledger_brought_back_from_an_old_copy_hears_of_its_bans_from_the_list(
+        start: Callable[..., Authority], ask: Ask, tmp_path: Path) -> None:
+    authority = start()
+    authority.enrol(ask(0, "eve", invite=first(authority)))
+    authority.close()
+    copy = (tmp_path / "ledger.sqlite").read_bytes()
+    banned = start()
+    peer_id = banned.ban("eve", "spam").peer_id
+    serial = banned.ban_file.newest().bans.serial
+    banned.close()
+    (tmp_path / "ledger.sqlite").write_bytes(copy)
+    again = start()
+    assert again.ledger.bans() == [peer_id]
+    again.ban("eve", "", lift=True)
+    assert again.ban_file.newest().bans.serial > serial
 
 
 # -- invites --

@@ -9,10 +9,26 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.ledger import Invite, Ledger
+from coordinator.facts import CoordinatorFact, Facts, by_key
+from coordinator.ledger import Ledger
+from coordinator.members import Invite
 from training.errors import BadInput
 
 NOW = 1_700_000_000.0
+VERSION_1 = """
+create table invites (code text primary key, label text not null unique, created real not null, expires real,
+  uses_left integer, revoked integer not null default 0, used integer not null default 0);
+create table members (peer_id text primary key, name text not null unique, public_key blob not null,
+  invite text not null, enrolled real not null, renewed real not null);
+create table bans (peer_id text primary key, reason text not null, time real not null);
+create table lists (serial integer primary key autoincrement, time real not null);
+insert into invites values ('c1', 'first', 0.0, null, null, 0, 1), ('c2', 'for two', 1.0, 9.0, 1, 1, 1);
+insert into members values ('QmAda', 'ada', x'61', 'for two', 1.0, 5.0), ('QmEve', 'eve', x'65', 'first', 2.0, 2.0),
+  ('QmOpen', 'open', x'6f', '', 3.0, 3.0);
+insert into bans values ('QmEve', 'spam', 4.0);
+insert into lists values (7, 4.0);
+pragma user_version = 1;
+"""
 
 
 @pytest.fixture
@@ -52,7 +68,7 @@ def test_what_was_written_is_there_again(ledger: Ledger, tmp_path: Path) -> None
 def test_a_file_that_is_no_ledger_is_bad_input_and_stays_as_it_is(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "ledger.sqlite"
     path.write_bytes(content)
-    with pytest.raises(BadInput, match="expected a ledger of version 1"):
+    with pytest.raises(BadInput, match="expected a ledger of version 2"):
         Ledger(path)
     assert path.read_bytes() == content
 
@@ -60,9 +76,72 @@ def test_a_file_that_is_no_ledger_is_bad_input_and_stays_as_it_is(tmp_path: Path
 def test_a_ledger_of_another_version_is_bad_input(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite"
     with closing(sqlite3.connect(path)) as db:
-        db.execute("pragma user_version = 2")
-    with pytest.raises(BadInput, match="version 2"):
+        db.execute("pragma user_version = 3")
+    with pytest.raises(BadInput, match="version 3"):
         Ledger(path)
+
+
+def test_a_ledger_of_version_1_is_taken_over_whole(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(VERSION_1)
+    with closing(Ledger(path)) as ledger:
+        assert [(invite.code, invite.label, invite.uses_left, invite.used, invite.revoked)
+                for invite in ledger.invites()] == [("c1", "first", None, 1, False), ("c2", "for two", 1, 1, True)]
+        assert [(member.peer_id, member.name, member.public_key, member.invite, member.enrolled, member.renewed,
+                 member.reason) for member in ledger.members()] == [
+            ("QmAda", "ada", b"a", "for two", 1.0, 5.0, None), ("QmEve", "eve", b"e", "first", 2.0, 2.0, "spam"),
+            ("QmOpen", "open", b"o", "", 3.0, 3.0, None)]
+        assert ledger.bans() == ["QmEve"]
+        assert ledger.next_serial(NOW) == 8
+    with closing(Ledger(path)) as again:
+        assert len(again.members()) == 3
+
+
+def test_what_one_ledger_knows_another_learns_for_good(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.add_invite(invite(uses=1))
+    ledger.enrol("QmAda", "ada", b"key", "code", NOW)
+    ledger.ban("QmEve", "spam", NOW)
+    serial = ledger.next_serial(NOW)
+    where = Facts(coordinators=by_key([CoordinatorFact("QmC", NOW, "covey://c", "/ip4/1.2.3.4 /ip6/::1")]))
+    assert ledger.learn(where)
+    with closing(Ledger(tmp_path / "other.sqlite")) as other:
+        other.enrol("QmBob", "ada", b"bob", "", NOW + 1)
+        assert other.learn(ledger.facts())
+        assert not other.learn(ledger.facts())
+        assert other.next_serial(NOW) > serial
+        with pytest.raises(ValueError, match="can't be used any more"):
+            other.enrol("QmEve", "eve", b"", "code", NOW)
+    with closing(Ledger(tmp_path / "other.sqlite")) as again:
+        assert ledger.learn(again.facts())
+        assert ledger.facts() == again.facts()
+        assert [(member.peer_id, member.name, member.invite) for member in again.members()] == [
+            ("QmAda", "ada", "label"), ("QmBob", "ada-2", "")]
+        assert again.facts().coordinators == where.coordinators
+
+
+def test_a_name_that_two_asked_two_ledgers_for_is_the_firsts_at_their_next_renewal(
+        ledger: Ledger, tmp_path: Path) -> None:
+    ledger.enrol("QmAda", "ada", b"", "", NOW)
+    with closing(Ledger(tmp_path / "other.sqlite")) as other:
+        other.enrol("QmBob", "ada", b"", "", NOW + 1)
+        ledger.learn(other.facts())
+    assert ledger.enrol("QmEve", "ada-2", b"", "", NOW + 2) == "ada-2-2"  # that is Bob's now
+    assert ledger.renew("QmBob", "ada", NOW + 3) == "ada-2"
+    assert ledger.renew("QmAda", "ada", NOW + 3) == "ada"
+
+
+def test_an_order_that_follows_another_is_the_last_though_the_clock_went_back(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.ban("QmEve", "spam", NOW)
+    before = ledger.facts()
+    ledger.lift("QmEve", NOW - 1000)
+    assert ledger.bans() == []
+    assert not ledger.learn(before)
+    with closing(Ledger(tmp_path / "other.sqlite")) as other:
+        other.learn(before)
+        assert other.bans() == ["QmEve"]
+        other.learn(ledger.facts())
+        assert other.bans() == []
 
 
 def test_an_invite_is_found_by_its_code_before_its_label(ledger: Ledger) -> None:
@@ -136,8 +215,8 @@ def test_a_ban_is_told_of_its_member_until_it_is_lifted(ledger: Ledger) -> None:
     ledger.ban("QmBob", "", NOW)
     assert [member.reason for member in ledger.members()] == ["much spam"]
     assert ledger.bans() == ["QmBob", "QmEve"]
-    ledger.lift("QmEve")
-    ledger.lift("QmEve")
+    ledger.lift("QmEve", NOW)
+    ledger.lift("QmEve", NOW)
     assert [member.reason for member in ledger.members()] == [None]
     assert ledger.bans() == ["QmBob"]
 
