@@ -14,10 +14,12 @@ from hivemind.utils.crypto import RSAPrivateKey
 
 from averaging.ban_records import BanValidator
 from averaging.identity import peer_id_of
-from averaging.records import ARCHIVING, PEER_STATES, PeerRecord, Rounds
+from averaging.records import ARCHIVING, PEER_STATES, PeerRecord, Refusals, Rounds, RoundSeconds
 
 count = pydantic.conint(strict=True, ge=0, lt=2**63)
+members = pydantic.conint(strict=True, ge=0, lt=2**16)
 amount = pydantic.confloat(strict=True, ge=0, lt=1e18)
+span = pydantic.confloat(strict=True, ge=0, lt=1e9)  # seconds; sums of more would lose the small ones
 address = pydantic.constr(strict=True, max_length=160)
 text = pydantic.constr(strict=True, max_length=64)
 state = pydantic.constr(strict=True, regex=f"^({'|'.join((*PEER_STATES, ARCHIVING))})$")
@@ -31,6 +33,21 @@ class RoundsSchema(pydantic.BaseModel):
     alone: count  # type: ignore[valid-type]
 
 
+class RoundSecondsSchema(pydantic.BaseModel):
+    """averaging.records.RoundSeconds on the wire."""
+
+    averaged: span  # type: ignore[valid-type]
+    failed: span  # type: ignore[valid-type]
+
+
+class RefusalsSchema(pydantic.BaseModel):
+    """averaging.records.Refusals on the wire."""
+
+    value: count  # type: ignore[valid-type]
+    absent: count  # type: ignore[valid-type]
+    message: count  # type: ignore[valid-type]
+
+
 class RecordSchema(pydantic.BaseModel):
     """averaging.records.PeerRecord on the wire: strict types, bounded sizes."""
 
@@ -42,7 +59,7 @@ class RecordSchema(pydantic.BaseModel):
     samples_total: count  # type: ignore[valid-type]
     samples_per_second: amount  # type: ignore[valid-type]
     loss: pydantic.confloat(strict=True, gt=-1e18, lt=1e18) | None  # type: ignore[valid-type]
-    group_size: count  # type: ignore[valid-type]
+    group_size: members  # type: ignore[valid-type]
     version: text  # type: ignore[valid-type]
     device: text  # type: ignore[valid-type]
     client_mode: pydantic.StrictBool
@@ -51,6 +68,9 @@ class RecordSchema(pydantic.BaseModel):
     step_seconds: amount  # type: ignore[valid-type]
     sketch: pydantic.conbytes(strict=True, max_length=256)  # type: ignore[valid-type]
     rounds: RoundsSchema
+    round_seconds: span  # type: ignore[valid-type]
+    seconds: RoundSecondsSchema
+    refused: RefusalsSchema
     addresses: pydantic.conlist(address, max_items=8)  # type: ignore[valid-type]
 
 
@@ -97,7 +117,9 @@ def _parse(owner: object, value: ValueWithExpiration[Any]) -> PeerRecord | None:
             return None  # somebody speaks in another's name
     except ValueError:
         return None
-    return PeerRecord(**fields | {"rounds": Rounds(**fields["rounds"]), "addresses": tuple(fields["addresses"])})
+    return PeerRecord(**fields | {
+        "rounds": Rounds(**fields["rounds"]), "seconds": RoundSeconds(**fields["seconds"]),
+        "refused": Refusals(**fields["refused"]), "addresses": tuple(fields["addresses"])})
 
 
 def _signer(owner: bytes) -> str:

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 PEER_MODES = ("direct", "client", "auxiliary")
 PEER_STATES = ("starting", "training", "leaving")
 ARCHIVING = "archiving"  # the state of a coordinator's record: it hands out checkpoints, and is no peer that one meets
+# Why an all-reduce refuses (averaging/transports/swarm): for what was sent, or since a member was not there, or late.
+BAD_VALUES = ("non-finite", "overflow", "misshapen", "oversize", "flood")
+ABSENCES = ("silent", "short", "unreachable", "a group that is not known", "too many downloads at once")
 AVERAGED = {"collaborative": "gradients", "local_sgd": "parameters", "diloco": "steps", "gossip": "parameters"}
 
 
@@ -16,6 +19,30 @@ class Rounds:
     averaged: int = 0  # with at least one other peer
     failed: int = 0  # tried, and went on with what was here
     alone: int = 0  # nobody else in the swarm: nothing to average
+
+
+@dataclass(frozen=True)
+class RoundSeconds:
+    """What those rounds took since the worker started, from the wish to average until the result, by outcome."""
+
+    averaged: float = 0.0
+    failed: float = 0.0
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """Contributions that the peer refused since its worker started, its own included, by the kind of reason."""
+
+    value: int = 0  # what was sent can't be averaged (BAD_VALUES)
+    absent: int = 0  # a member was gone, or came late (ABSENCES)
+    message: int = 0  # forged, malformed, out of place, or of somebody without a good token
+
+    def plus(self, reasons: Mapping[str, int]) -> "Refusals":
+        """These, and as many more for each reason."""
+        value = sum(reasons.get(reason, 0) for reason in BAD_VALUES)
+        absent = sum(reasons.get(reason, 0) for reason in ABSENCES)
+        message = sum(reasons.values()) - value - absent
+        return Refusals(self.value + value, self.absent + absent, self.message + message)
 
 
 @dataclass(frozen=True)
@@ -39,6 +66,9 @@ class PeerRecord:
     step_seconds: float = 0.0  # that a micro-batch takes here, on average
     sketch: bytes = b""  # of its parameters (averaging/sketch.py); empty: unknown
     rounds: Rounds = field(default_factory=Rounds)
+    round_seconds: float = 0.0  # that its last round with others took, or failed after; 0 before the first
+    seconds: RoundSeconds = field(default_factory=RoundSeconds)
+    refused: Refusals = field(default_factory=Refusals)
     addresses: tuple[str, ...] = ()  # multiaddresses at which newcomers can reach it
 
     @property

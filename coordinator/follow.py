@@ -6,22 +6,26 @@ import time
 from collections.abc import Callable, Collection, Iterable
 
 from averaging.records import PeerRecord
-from coordinator.history import History, remember
+from coordinator.history import remember
+from coordinator.past import Past, PastFile
 from coordinator.swarm import SwarmState, observe
 
 logger = logging.getLogger("covey.coordinator")
 
 
 class SwarmFollower:
-    """Keeps `state`, the newest state of the swarm, and `history`, what was read so far.
+    """Keeps `state`, the newest state of the swarm, and `history`, what was read so far: with a `past_file` from
+    what is in it on, and kept there.
 
     `read` returns the records or raises, and may block: it runs in a thread. `banned` gives the peer ids
     that don't count, `clock` Unix seconds. A reading that fails leaves both as they were, the state with its time.
     """
 
     def __init__(self, read: Callable[[], Iterable[PeerRecord]], *, stale_seconds: float,
-                 banned: Callable[[], Collection[str]] = tuple, clock: Callable[[], float] = time.time) -> None:
-        self.state, self.history = SwarmState(), History()
+                 banned: Callable[[], Collection[str]] = tuple, clock: Callable[[], float] = time.time,
+                 past_file: PastFile | None = None) -> None:
+        past = past_file.recall() if past_file else Past()
+        self.state, self.history, self._past_file = past.state, past.history, past_file
         self.readable = True
         self._read, self._stale_seconds, self._banned, self._clock = read, stale_seconds, banned, clock
 
@@ -41,6 +45,13 @@ class SwarmFollower:
                                                  stale_seconds=self._stale_seconds, banned=self._banned())
         self.history = remember(self.history, self.state)
         _log_changes(before, self.state)
+        if self._past_file and self._past_file.is_due():
+            await asyncio.to_thread(self.keep)
+
+    def keep(self) -> None:
+        """Write what is known to the past's file, if there is one."""
+        if self._past_file:
+            self._past_file.keep(Past(self.state, self.history))
 
 
 def _log_changes(before: SwarmState, state: SwarmState) -> None:

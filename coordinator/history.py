@@ -7,7 +7,9 @@ after a week it has one every 34 minutes, and in its first minutes every reading
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from coordinator.swarm import SwarmState
 
@@ -16,7 +18,7 @@ CAPACITY = 512
 
 @dataclass(frozen=True)
 class Point:
-    """What one reading said. Rounds are the coordinator's counters, which never fall."""
+    """What one reading said. Rounds and what was refused are the coordinator's counters, which never fall."""
 
     time: float  # Unix seconds
     epoch: int
@@ -28,13 +30,17 @@ class Point:
     averaged: int
     failed: int
     alone: int
+    round_seconds: float | None
+    refused_value: int
+    refused_absent: int
+    refused_message: int
 
 
 @dataclass(frozen=True)
 class Series:
     """Points in the order of their key, which the owner knows; `width` is that of a bucket, in the key's unit."""
 
-    width: int = 1
+    width: Annotated[int, Field(ge=1)] = 1  # what is read from a file is held to it
     points: tuple[Point, ...] = ()
 
 
@@ -65,11 +71,12 @@ def columns(history: History) -> dict[str, Any]:
 
 
 def _point(state: SwarmState) -> Point:
-    rounds = state.counters.rounds
+    rounds, refused = state.counters.rounds, state.counters.refused
     return Point(
         time=state.time, epoch=state.epoch, loss=state.loss, samples_per_second=state.samples_per_second,
         peers=len(state.peers), group_size=state.group_size, consensus_distance=state.consensus_distance,
-        averaged=rounds.averaged, failed=rounds.failed, alone=rounds.alone)
+        averaged=rounds.averaged, failed=rounds.failed, alone=rounds.alone, round_seconds=state.round_seconds,
+        refused_value=refused.value, refused_absent=refused.absent, refused_message=refused.message)
 
 
 def _with(series: Series, point: Point, key: Callable[[Point], float]) -> Series:

@@ -7,12 +7,12 @@ from dataclasses import asdict
 from types import MappingProxyType
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
 from averaging.records import PEER_MODES, PEER_STATES
 from coordinator.archive import STAGES, Archive
-from coordinator.swarm import SwarmState
+from coordinator.swarm import Counters, SwarmState
 from coordinator.view import About, is_fresh
 
 FAILURES = ("admin token", "banned", "clock", "invite", "key", "rate", "signature")  # of coordinator.authority
@@ -21,13 +21,19 @@ FIGURES = {"knn_accuracy": "k-NN accuracy of the newest evaluated checkpoint's b
            "top5_accuracy": "Top-5 accuracy of the newest evaluated checkpoint.",
            "val_loss": "Loss of the newest evaluated checkpoint on the validation images."}
 
+ANEW = SwarmState()
+
 
 class SwarmCollector(Collector):
-    """`state()` as metric families. What changes from moment to moment is absent when the reading is old."""
+    """`state()` as metric families. What changes from moment to moment is absent when the reading is old.
 
-    def __init__(self, state: Callable[[], SwarmState], about: About, failures: Mapping[str, int],
-                 archive: Callable[[], Archive | None], clock: Callable[[], float]) -> None:
+    Counters begin at 0 with the process, whatever was counted `before`: Prometheus takes one that fell for a new one.
+    """
+
+    def __init__(self, state: Callable[[], SwarmState], about: About, failures: Mapping[str, int], *,
+                 archive: Callable[[], Archive | None], clock: Callable[[], float], before: SwarmState) -> None:
         self.state, self.about, self.failures, self.archive, self.clock = state, about, failures, archive, clock
+        self.before = before
 
     def collect(self) -> Iterator[Metric]:
         """One scrape."""
@@ -35,7 +41,8 @@ class SwarmCollector(Collector):
         yield _gauge("covey_build_info", "The running version.", 1, version=self.about.version)
         yield _gauge("covey_target_batch_size", "Samples that make a collaborative epoch.",
                      self.about.target_batch_size)
-        yield from _counters(state, self.about.averaged)
+        yield from _churn(self.before, state)
+        yield from _counters(Counters().grown(self.before.counters, state.counters), self.about.averaged)
         yield _failures(self.failures)
         if archive := self.archive():
             yield from _archive(archive)
@@ -45,10 +52,14 @@ class SwarmCollector(Collector):
 
 def coordinator_registry(state: Callable[[], SwarmState], about: About, clock: Callable[[], float] = time.time, *,
                          failures: Mapping[str, int] = MappingProxyType({}),
-                         archive: Callable[[], Archive | None] = lambda: None) -> CollectorRegistry:
-    """A registry of its own with the swarm's metrics; `clock` gives Unix seconds, `failures` who was not let in."""
+                         archive: Callable[[], Archive | None] = lambda: None,
+                         before: SwarmState = ANEW) -> CollectorRegistry:
+    """A registry of its own with the swarm's metrics; `clock` gives Unix seconds, `failures` who was not let in.
+
+    `before` is the state that the process began with.
+    """
     registry = CollectorRegistry()
-    registry.register(SwarmCollector(state, about, failures, archive, clock))
+    registry.register(SwarmCollector(state, about, failures, archive=archive, clock=clock, before=before))
     return registry
 
 
@@ -75,20 +86,34 @@ def _archive(archive: Archive) -> Iterator[Metric]:
             yield _gauge(f"covey_{name}", FIGURES[name], value)
 
 
-def _counters(state: SwarmState, kind: str) -> Iterator[Metric]:
-    yield CounterMetricFamily("covey_samples_total", "Samples that peers reported as processed.",
-                              value=state.counters.samples)
-    yield CounterMetricFamily("covey_peer_joins_total", "Peers that came, or came back.", value=state.joins)
+def _churn(before: SwarmState, state: SwarmState) -> Iterator[Metric]:
+    yield CounterMetricFamily("covey_peer_joins_total", "Peers that came, or came back.",
+                              value=state.joins - before.joins)
     departures = CounterMetricFamily("covey_peer_departures_total", "Peers that left, or were lost.",
                                      labels=["reason"])
-    departures.add_metric(["left"], state.left)
-    departures.add_metric(["lost"], state.lost)
+    departures.add_metric(["left"], state.left - before.left)
+    departures.add_metric(["lost"], state.lost - before.lost)
     yield departures
+
+
+def _counters(counters: Counters, kind: str) -> Iterator[Metric]:
+    yield CounterMetricFamily("covey_samples_total", "Samples that peers reported as processed.",
+                              value=counters.samples)
     rounds = CounterMetricFamily("covey_averaging_rounds_total", "Averaging rounds, counted by every member.",
                                  labels=["kind", "outcome"])
-    for outcome, value in asdict(state.counters.rounds).items():
+    for outcome, value in asdict(counters.rounds).items():
         rounds.add_metric([kind, outcome], value)
     yield rounds
+    durations = SummaryMetricFamily("covey_averaging_duration_seconds", "From the wish to average to the result, "
+                                    "counted by every member.", labels=["kind", "outcome"])
+    for outcome, seconds in asdict(counters.seconds).items():
+        durations.add_metric([kind, outcome], getattr(counters.rounds, outcome), seconds)
+    yield durations
+    rejected = CounterMetricFamily("covey_rejected_contributions_total", "Contributions that peers refused, counted "
+                                   "by every peer that did.", labels=["reason"])
+    for reason, value in asdict(counters.refused).items():
+        rejected.add_metric([reason], value)
+    yield rejected
 
 
 def _gauges(state: SwarmState) -> Iterator[Metric]:

@@ -25,6 +25,7 @@ from coordinator.http import coordinator_app, serve_http
 from coordinator.link import Link, bracketed
 from coordinator.metrics import coordinator_registry
 from coordinator.node import Node
+from coordinator.past import PastFile
 from coordinator.service import CoordinatorService, bind_grpc, start_grpc
 from coordinator.swarm import SwarmState
 from coordinator.tls import Certificate
@@ -45,7 +46,9 @@ async def serve(experiment: Experiment, authority: Authority, certificate: Certi
     """Until the first SIGTERM or SIGINT. Raises BadInput if a port was taken meanwhile."""
     stop, run = _stop_event(), run_id(experiment)
     follower = SwarmFollower(node.read, stale_seconds=experiment.averaging.report_progress_expiration,
-                             banned=lambda: authority.ban_file.newest().peer_ids)
+                             banned=lambda: authority.ban_file.newest().peer_ids,
+                             past_file=PastFile(folder / "past.json"))
+    before = follower.state
     await follower.refresh()
     server, grpc_port = bind_grpc(host, grpc_port, certificate)
 
@@ -57,7 +60,7 @@ async def serve(experiment: Experiment, authority: Authority, certificate: Certi
         about = About(run, link("" if authority.is_open else INVITE), VERSION, experiment.averaging.target_batch_size,
                       experiment.averaging.target_group_size, AVERAGED[experiment.averaging.strategy])
         feed = Feed(_newest(follower, about))
-        registry = coordinator_registry(lambda: follower.state, about, failures=authority.failures)
+        registry = coordinator_registry(lambda: follower.state, about, failures=authority.failures, before=before)
         app = coordinator_app(lambda: follower.state, about, registry, history=lambda: follower.history, feed=feed)
         http_port = await stack.enter_async_context(serve_http(app, host, http_port))
         stack.callback(feed.close)  # before the server, which waits for open requests
@@ -71,6 +74,7 @@ async def serve(experiment: Experiment, authority: Authority, certificate: Certi
             AdminService(authority, link, node.publish_bans), admin_socket(folder)))
         invite = "" if authority.is_open else authority.invite_to_show
         _announce(None if invite is None else link(invite), url, node.peer_id, folder, json_output)
+        stack.callback(follower.keep)
         await _follow(follower, authority, node, stop, lambda: feed.publish(_newest(follower, about)))
         logger.info("stopping")
 

@@ -5,14 +5,17 @@ knows. In particular the epoch is the highest that any live peer claims.
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from math import isfinite, sqrt
+from statistics import median
 from struct import calcsize, unpack
+from typing import Any
 
-from averaging.records import ARCHIVING, PeerRecord, Rounds
+from averaging.records import ARCHIVING, PeerRecord, Refusals, Rounds, RoundSeconds
 
 LEAVING_SECONDS = 10.0  # a peer that said it leaves is gone after this long: leaving takes no longer
 SKETCH = "<32f8x"  # of averaging/sketch.py; the checksum at its end is passed over
+MOST = 2**63 - 1  # that a sum can be: who signs figures near it must not make it one that nothing can carry
 REMEMBERED = 10_000  # peers that are gone and whose counters are kept, for when they come back
 
 
@@ -26,10 +29,27 @@ class Peer:
 
 @dataclass(frozen=True)
 class Counters:
-    """What all peers reported since the coordinator started; a peer's restart takes nothing away."""
+    """What all peers reported since the coordinator first looked; a peer's restart takes nothing away."""
 
     samples: int = 0
     rounds: Rounds = field(default_factory=Rounds)
+    seconds: RoundSeconds = field(default_factory=RoundSeconds)
+    refused: Refusals = field(default_factory=Refusals)
+
+    def grown(self, early: "Counters", late: "Counters") -> "Counters":
+        """These, and what was counted from `early` to `late`."""
+        samples, averaged, failed, alone, value, absent, message, *seconds = (
+            min(so_far + after - before, MOST) for so_far, before, after
+            in zip(self.amounts, early.amounts, late.amounts, strict=True))
+        return Counters(samples, Rounds(averaged, failed, alone), RoundSeconds(*seconds),
+                        Refusals(value, absent, message))
+
+    @property
+    def amounts(self) -> tuple[Any, ...]:
+        """All of them, in a fixed order: integers, then seconds."""
+        rounds, seconds, refused = self.rounds, self.seconds, self.refused
+        return (self.samples, rounds.averaged, rounds.failed, rounds.alone, refused.value, refused.absent,
+                refused.message, seconds.averaged, seconds.failed)
 
 
 @dataclass(frozen=True)
@@ -44,11 +64,13 @@ class SwarmState:
     left: int = 0  # departures announced by the peer's last record
     lost: int = 0  # departures by silence
     epoch: int = 0  # highest collaborative epoch of the live peers; the last known one while there are none
+    since: float = 0.0  # Unix seconds of the first reading, from which on counters, joins and departures count
 
     @property
     def epoch_samples(self) -> int:
         """Samples gathered towards the next epoch, by the peers that will bring them into it."""
-        return sum(record.samples_accumulated for record in self._staying() if record.epoch == self.epoch)
+        gathered = sum(record.samples_accumulated for record in self._staying() if record.epoch == self.epoch)
+        return min(gathered, MOST)
 
     @property
     def samples_per_second(self) -> float:
@@ -69,6 +91,12 @@ class SwarmState:
     def group_size(self) -> int:
         """Peers in the largest of the live peers' last averaging rounds; 0 before the first."""
         return max((peer.record.group_size for peer in self.peers.values()), default=0)
+
+    @property
+    def round_seconds(self) -> float | None:
+        """Median of what the peers' last rounds with others took, so that one who lies moves it little; None before
+        the first."""
+        return median(spans) if (spans := [r.round_seconds for r in self._staying() if r.round_seconds]) else None
 
     @property
     def consensus_distance(self) -> float | None:
@@ -113,7 +141,7 @@ def observe(previous: SwarmState, records: Iterable[PeerRecord], now: float, *, 
         time=now, peers=live, gone=dict(list({**gone, **departed}.items())[-REMEMBERED:]), counters=counters,
         joins=previous.joins + len(peers.keys() - previous.peers.keys()),
         left=previous.left + left, lost=previous.lost + len(departed) - left,
-        epoch=max((peer.record.epoch for peer in live.values()), default=previous.epoch))
+        epoch=max((peer.record.epoch for peer in live.values()), default=previous.epoch), since=previous.since or now)
 
 
 def _newest(records: Iterable[PeerRecord]) -> list[PeerRecord]:
@@ -134,19 +162,16 @@ def _is_news(record: PeerRecord, known: Peer | None, now: float, stale_seconds: 
 
 
 def _count(counters: Counters, before: PeerRecord | None, record: PeerRecord) -> Counters:
-    new = _tallies(record)
-    old = _tallies(before) if before and not _restarted(before, record) else [0] * len(new)
-    so_far = [counters.samples, *astuple(counters.rounds)]
-    samples, *rounds = (total + late - early for total, early, late in zip(so_far, old, new, strict=True))
-    return Counters(samples, Rounds(*rounds))
+    early = _tallies(before) if before and not _restarted(before, record) else Counters()
+    return counters.grown(early, _tallies(record))
 
 
 def _restarted(before: PeerRecord, record: PeerRecord) -> bool:
     # The worker behind `record` is another one than before, and counts from 0.
     came_back = before.state == "leaving" != record.state
-    then, now = _tallies(before), _tallies(record)
+    then, now = _tallies(before).amounts, _tallies(record).amounts
     return came_back or any(late < early for early, late in zip(then, now, strict=True))
 
 
-def _tallies(record: PeerRecord) -> list[int]:
-    return [record.samples_total, *astuple(record.rounds)]
+def _tallies(record: PeerRecord) -> Counters:
+    return Counters(record.samples_total, record.rounds, record.seconds, record.refused)

@@ -44,6 +44,10 @@ def view(state: SwarmState, about: About, archive: Archive | None = None) -> dic
         "samples_total": state.counters.samples,
         "peers": [_row(peer, state.time) for peer in state.peers.values()],
         "rounds": asdict(state.counters.rounds),
+        "round_seconds": state.round_seconds,
+        "seconds_in_rounds": asdict(state.counters.seconds),
+        "refused": asdict(state.counters.refused),
+        "since_seconds": state.since,
         "joins": state.joins,
         "departures": {"left": state.left, "lost": state.lost},
         "archive": archive_view(archive),
@@ -67,6 +71,6 @@ def seconds_to_next_epoch(state: SwarmState, target_batch_size: int) -> float | 
 
 def _row(peer: Peer, now: float) -> dict[str, Any]:
     row = asdict(peer.record)
-    for field in ("time", "addresses", "sketch", "client_mode", "auxiliary"):  # the first by its own clock
+    for field in ("time", "addresses", "sketch", "seconds", "client_mode", "auxiliary"):  # the first by its own clock
         del row[field]
     return {**row, "mode": peer.record.mode, "last_seen_seconds": now - peer.heard}

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
+from averaging.records import BAD_VALUES
 from averaging.version import VERSION
 from proto.peer_pb2 import PeerStatus, WorkerEvent
 
@@ -19,9 +20,6 @@ HELP = {"epoch": "Collaborative epoch: updates of the model so far.",
         "top5_accuracy": "Top-5 accuracy on the validation images.",
         "val_loss": "Loss on the validation images."}
 SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300)
-# Of what an all-reduce refuses (averaging/transports/swarm), the reasons that lie in what was sent. They are there from
-# the start, at 0: of a counter that begins at 1, Prometheus sees no rise.
-BAD_VALUES = ("non-finite", "overflow", "misshapen", "oversize", "flood")
 disable_created_metrics()  # type: ignore[no-untyped-call]  # series of when others began, which nobody uses
 
 
@@ -63,7 +61,7 @@ class PeerMetrics:
         self._rejected = Counter(
             "covey_rejected_contributions", "Contributions refused here, this peer's own included.", ["reason"],
             registry=to)
-        for reason in BAD_VALUES:
+        for reason in BAD_VALUES:  # at 0 from the start: of a counter that begins at 1, Prometheus sees no rise
             self._rejected.labels(reason)
         self._group_size = Gauge("covey_group_size", "Peers in the last averaging round.", registry=to)
         self._state_load = Histogram(

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any, TypeVar
 
 import torch
 
 from averaging.bulletin import Bulletin
 from averaging.known_peers import remember_peers
-from averaging.records import RoundEnd, StateLoad
+from averaging.records import PeerRecord, RoundEnd, Rounds, RoundSeconds, StateLoad
 from peer.events import EventWriter
 from proto.peer_pb2 import WorkerEvent
 from training.data.sources import Source
@@ -23,6 +24,7 @@ from training.objectives.objective import Objective
 LOOK_SECONDS = 2.0
 STEP_SECONDS = 0.1  # between two Step events, but for those that end an epoch
 REMEMBER_EVERY = 10  # looks, between two notes of who else is there
+Sums = TypeVar("Sums", Rounds, RoundSeconds)
 log = logging.getLogger(__name__)
 
 
@@ -87,9 +89,7 @@ class Telemetry:
     def round(self, ended: RoundEnd) -> None:
         """After every round of averaging."""
         self._events.send(WorkerEvent(round=WorkerEvent.Round(**asdict(ended))))
-        counts = self._bulletin.record.rounds
-        self._bulletin.update(group_size=ended.group_size, rounds=replace(
-            counts, **{ended.outcome: getattr(counts, ended.outcome) + 1}))
+        self._bulletin.update(**after_round(self._bulletin.record, ended))
 
     def state_load(self, load: StateLoad) -> None:
         """After every try to download the swarm's state."""
@@ -136,6 +136,19 @@ class Telemetry:
                                                for address in record.addresses if record.peer_id != own])
         except OSError as error:  # a full disk: training goes on
             log.warning("other peers' addresses are not noted: %r", error)
+
+
+def after_round(record: PeerRecord, ended: RoundEnd) -> dict[str, Any]:
+    """What a round that `ended` changes in this peer's `record`."""
+    told = {"group_size": ended.group_size, "rounds": _more(record.rounds, ended.outcome, 1),
+            "refused": record.refused.plus(ended.refused)}
+    if ended.outcome == "alone":  # nothing was averaged, in no time
+        return told
+    return {**told, "round_seconds": ended.seconds, "seconds": _more(record.seconds, ended.outcome, ended.seconds)}
+
+
+def _more(sums: Sums, outcome: str, amount: float) -> Sums:
+    return replace(sums, **{outcome: getattr(sums, outcome) + amount})
 
 
 def gpu_memory(device: str) -> dict[str, float]:

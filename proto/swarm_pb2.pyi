@@ -49,8 +49,62 @@ class RoundCounts(_message.Message):
 Global___RoundCounts: _TypeAlias = RoundCounts  # noqa: Y015
 
 @_typing.final
+class RoundSeconds(_message.Message):
+    """What averaging rounds took, in seconds, from the wish to average until the result, by outcome."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AVERAGED_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    averaged: _builtins.float
+    failed: _builtins.float
+    def __init__(
+        self,
+        *,
+        averaged: _builtins.float = ...,
+        failed: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["averaged", b"averaged", "failed", b"failed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoundSeconds: _TypeAlias = RoundSeconds  # noqa: Y015
+
+@_typing.final
+class Refusals(_message.Message):
+    """Contributions that peers refused, their own included, by the kind of reason."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUE_FIELD_NUMBER: _builtins.int
+    ABSENT_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    value: _builtins.int
+    """what was sent can't be averaged: not finite, or not what the group agreed on"""
+    absent: _builtins.int
+    """a member was gone, or came late"""
+    message: _builtins.int
+    """forged, malformed, out of place, or of somebody without a good token"""
+    def __init__(
+        self,
+        *,
+        value: _builtins.int = ...,
+        absent: _builtins.int = ...,
+        message: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "message", b"message", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Refusals: _TypeAlias = Refusals  # noqa: Y015
+
+@_typing.final
 class Departures(_message.Message):
-    """Peers that are gone, by reason, counted since the coordinator started."""
+    """Peers that are gone, by reason, counted since `since_seconds`."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -95,6 +149,8 @@ class PeerRow(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     STEP_SECONDS_FIELD_NUMBER: _builtins.int
     LAST_SEEN_SECONDS_FIELD_NUMBER: _builtins.int
+    ROUND_SECONDS_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
     peer_id: _builtins.str
     """libp2p peer id, base58"""
     name: _builtins.str
@@ -120,8 +176,14 @@ class PeerRow(_message.Message):
     """that a micro-batch takes there, on average"""
     last_seen_seconds: _builtins.float
     """age of the record"""
+    round_seconds: _builtins.float
+    """that its last round with others took, or failed after; 0 before the first"""
     @_builtins.property
     def rounds(self) -> Global___RoundCounts: ...
+    @_builtins.property
+    def refused(self) -> Global___Refusals:
+        """since its worker started"""
+
     def __init__(
         self,
         *,
@@ -140,10 +202,12 @@ class PeerRow(_message.Message):
         mode: _builtins.str = ...,
         step_seconds: _builtins.float = ...,
         last_seen_seconds: _builtins.float = ...,
+        round_seconds: _builtins.float = ...,
+        refused: Global___Refusals | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss", "rounds", b"rounds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss", "refused", b"refused", "rounds", b"rounds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "device", b"device", "epoch", b"epoch", "group_size", b"group_size", "last_seen_seconds", b"last_seen_seconds", "loss", b"loss", "mode", b"mode", "name", b"name", "peer_id", b"peer_id", "rounds", b"rounds", "samples_accumulated", b"samples_accumulated", "samples_per_second", b"samples_per_second", "samples_total", b"samples_total", "state", b"state", "step_seconds", b"step_seconds", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "device", b"device", "epoch", b"epoch", "group_size", b"group_size", "last_seen_seconds", b"last_seen_seconds", "loss", b"loss", "mode", b"mode", "name", b"name", "peer_id", b"peer_id", "refused", b"refused", "round_seconds", b"round_seconds", "rounds", b"rounds", "samples_accumulated", b"samples_accumulated", "samples_per_second", b"samples_per_second", "samples_total", b"samples_total", "state", b"state", "step_seconds", b"step_seconds", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
@@ -291,6 +355,10 @@ class SwarmSnapshot(_message.Message):
     DEPARTURES_FIELD_NUMBER: _builtins.int
     CONSENSUS_DISTANCE_FIELD_NUMBER: _builtins.int
     ARCHIVE_FIELD_NUMBER: _builtins.int
+    ROUND_SECONDS_FIELD_NUMBER: _builtins.int
+    SECONDS_IN_ROUNDS_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    SINCE_SECONDS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     time_seconds: _builtins.float
     """Unix time at which the records were read; 0: not yet"""
@@ -306,13 +374,17 @@ class SwarmSnapshot(_message.Message):
     group_size: _builtins.int
     """largest of the last rounds"""
     samples_total: _builtins.int
-    """all that peers reported since the coordinator started"""
+    """all that peers reported since `since_seconds`"""
     joins: _builtins.int
-    """since the coordinator started; a peer that comes back joins again"""
+    """since `since_seconds`; a peer that comes back joins again"""
     consensus_distance: _builtins.float
     """Root mean square distance of the peers' parameters from their mean, in the newest epoch, estimated from sketches;
     absent while fewer than two peers are known there.
     """
+    round_seconds: _builtins.float
+    """median of the peers' last rounds with others; absent before the first"""
+    since_seconds: _builtins.float
+    """Unix time from which on the coordinator counts; a restart of its process keeps it"""
     @_builtins.property
     def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerRow]: ...
     @_builtins.property
@@ -322,6 +394,14 @@ class SwarmSnapshot(_message.Message):
     @_builtins.property
     def archive(self) -> Global___SwarmSnapshot.Archive:
         """absent: none is kept"""
+
+    @_builtins.property
+    def seconds_in_rounds(self) -> Global___RoundSeconds:
+        """summed over the peers, as `rounds` is"""
+
+    @_builtins.property
+    def refused(self) -> Global___Refusals:
+        """likewise"""
 
     def __init__(
         self,
@@ -342,18 +422,26 @@ class SwarmSnapshot(_message.Message):
         departures: Global___Departures | None = ...,
         consensus_distance: _builtins.float | None = ...,
         archive: Global___SwarmSnapshot.Archive | None = ...,
+        round_seconds: _builtins.float | None = ...,
+        seconds_in_rounds: Global___RoundSeconds | None = ...,
+        refused: Global___Refusals | None = ...,
+        since_seconds: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_consensus_distance", b"_consensus_distance", "_loss", b"_loss", "archive", b"archive", "consensus_distance", b"consensus_distance", "departures", b"departures", "loss", b"loss", "rounds", b"rounds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_consensus_distance", b"_consensus_distance", "_loss", b"_loss", "_round_seconds", b"_round_seconds", "archive", b"archive", "consensus_distance", b"consensus_distance", "departures", b"departures", "loss", b"loss", "refused", b"refused", "round_seconds", b"round_seconds", "rounds", b"rounds", "seconds_in_rounds", b"seconds_in_rounds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_consensus_distance", b"_consensus_distance", "_loss", b"_loss", "archive", b"archive", "consensus_distance", b"consensus_distance", "departures", b"departures", "epoch", b"epoch", "epoch_samples", b"epoch_samples", "group_size", b"group_size", "joins", b"joins", "loss", b"loss", "peers", b"peers", "rounds", b"rounds", "run_id", b"run_id", "samples_per_second", b"samples_per_second", "samples_total", b"samples_total", "target_batch_size", b"target_batch_size", "target_group_size", b"target_group_size", "time_seconds", b"time_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_consensus_distance", b"_consensus_distance", "_loss", b"_loss", "_round_seconds", b"_round_seconds", "archive", b"archive", "consensus_distance", b"consensus_distance", "departures", b"departures", "epoch", b"epoch", "epoch_samples", b"epoch_samples", "group_size", b"group_size", "joins", b"joins", "loss", b"loss", "peers", b"peers", "refused", b"refused", "round_seconds", b"round_seconds", "rounds", b"rounds", "run_id", b"run_id", "samples_per_second", b"samples_per_second", "samples_total", b"samples_total", "seconds_in_rounds", b"seconds_in_rounds", "since_seconds", b"since_seconds", "target_batch_size", b"target_batch_size", "target_group_size", b"target_group_size", "time_seconds", b"time_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__consensus_distance: _TypeAlias = _typing.Literal["consensus_distance"]  # noqa: Y015
     _WhichOneofArgType__consensus_distance: _TypeAlias = _typing.Literal["_consensus_distance", b"_consensus_distance"]  # noqa: Y015
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    _WhichOneofReturnType__round_seconds: _TypeAlias = _typing.Literal["round_seconds"]  # noqa: Y015
+    _WhichOneofArgType__round_seconds: _TypeAlias = _typing.Literal["_round_seconds", b"_round_seconds"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__consensus_distance) -> _WhichOneofReturnType__consensus_distance | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__round_seconds) -> _WhichOneofReturnType__round_seconds | None: ...
 
 Global___SwarmSnapshot: _TypeAlias = SwarmSnapshot  # noqa: Y015

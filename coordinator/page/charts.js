@@ -1,73 +1,10 @@
 // Charts of the history, by plotly.js. Each has its gist in words; where the library fails to load, the words stay.
 
-import { count, loss, make, rate, setText } from "./figures.js";
+import { CHARTS } from "./chart_list.js";
+import { make, setText } from "./figures.js";
+import { growth, inWords, local, points } from "./gist.js";
 
-const BARS = 40;
 const FEW = 40; // points that are shown as such; more are a line
-const CHARTS = [
-  { id: "loss", title: "Loss over epochs", empty: "No epoch has ended yet: the loss is known after the first.",
-    series: "over_epochs", axis: "epoch", lines: [["loss", "Loss", "accent", loss]] },
-  { id: "speed", title: "Samples per second", empty: "Nobody has trained yet.", amounts: true,
-    series: "over_time", axis: "time", lines: [["samples_per_second", "Samples/s", "accent", rate]] },
-  { id: "peers", title: "Peers and group size", empty: "No peer has been here yet.", amounts: true,
-    series: "over_time", axis: "time", target: true,
-    lines: [["peers", "Peers", "accent", count], ["group_size", "Group size", "second", count]] },
-  { id: "rounds", title: "Rounds by outcome", empty: "No round of averaging has ended yet.",
-    series: "over_time", axis: "time", bars: [["averaged", "Averaged", "accent"], ["failed", "Failed", "second"],
-      ["alone", "Alone", "third"]] },
-];
-
-const two = (value) => String(value).padStart(2, "0");
-
-// Local time as plotly.js reads it: a date without a zone.
-function local(seconds) {
-  const at = new Date(seconds * 1000);
-  return `${at.getFullYear()}-${two(at.getMonth() + 1)}-${two(at.getDate())} ` +
-    `${two(at.getHours())}:${two(at.getMinutes())}:${two(at.getSeconds())}`;
-}
-
-const place = (chart, key) => chart.axis === "epoch" ? `epoch ${count(key)}` : local(key).slice(0, -3);
-
-// Points of a line, with a hole where the coordinator read nothing for much longer than the points are apart.
-function points(chart, history, field) {
-  const { width, [chart.axis]: keys, [field]: values } = history[chart.series];
-  const found = [];
-  keys.forEach((key, index) => {
-    const hole = chart.axis === "time" && index && key - keys[index - 1] > 3 * width + 10;
-    if (hole) found.push([keys[index - 1] + width, null]);
-    found.push([key, values[index]]);
-  });
-  return found;
-}
-
-// How much each counter grew in BARS equal spans of time: [middle, growth].
-function growth(history, field) {
-  const { time, [field]: values } = history.over_time;
-  const [start, span] = [time[0], Math.max(1, (time[time.length - 1] - time[0]) / BARS)];
-  const grown = new Array(BARS).fill(0);
-  time.forEach((at, index) => {
-    grown[Math.min(BARS - 1, Math.floor((at - start) / span))] += values[index] - (values[index - 1] ?? 0);
-  });
-  return grown.map((value, bar) => [start + (bar + 0.5) * span, value]);
-}
-
-function gist(chart, [field, name, , format], history) {
-  const known = points(chart, history, field).filter(([, value]) => value !== null);
-  if (!known.length) return "";
-  const extreme = (better) => known.reduce((best, point) => better(point[1], best[1]) ? point : best);
-  const [low, high, now] = [extreme((a, b) => a < b), extreme((a, b) => a > b), known[known.length - 1]];
-  if (low[1] === high[1]) return `${name}: ${format(now[1])} throughout.`;
-  const say = (word, [key, value]) => `${word} ${format(value)} (${place(chart, key)})`;
-  return `${name}: now ${format(now[1])}, ${say("lowest", low)}, ${say("highest", high)}.`;
-}
-
-function inWords(chart, history) {
-  const some = (chart.lines ?? chart.bars).some(([field]) => history[chart.series][field].some((value) => value > 0));
-  if ((chart.amounts || chart.bars) && !some) return "";
-  if (chart.lines) return chart.lines.map((line) => gist(chart, line, history)).filter(Boolean).join(" ");
-  const sums = chart.bars.map(([field, name]) => `${count(history.over_time[field].at(-1))} ${name.toLowerCase()}`);
-  return `${sums.join(", ")} since the coordinator started.`;
-}
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
@@ -92,7 +29,7 @@ function layout(chart) {
     automargin: true };
   return { autosize: true, margin: { l: 44, r: 8, t: 8, b: 28 }, paper_bgcolor: "transparent",
     plot_bgcolor: "transparent", font: { color: colour("ink"), size: 12, family: "system-ui, sans-serif" },
-    showlegend: (chart.lines ?? chart.bars).length > 1,
+    showlegend: (chart.lines ?? chart.bars).length > 1 || Boolean(chart.target),
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, traceorder: "normal" },
     barmode: "stack", bargap: 0.15, dragmode: false, hovermode: "x unified", uirevision: "kept",
     hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), font: { color: colour("ink") } },

@@ -13,6 +13,10 @@ export function duration(seconds) {
   return `${count(Math.floor(h / 24))} d ${h % 24} h`;
 }
 
+// Of what may take a moment only.
+export const span = (seconds) =>
+  seconds === null ? "–" : seconds < 9.95 ? `${seconds.toFixed(1)} s` : duration(seconds);
+
 // An element made once; later calls change only its text, so that a reader keeps their place and selection.
 export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
@@ -24,7 +28,7 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
-function tile(list, name, value, note = "") {
+export function tile(list, name, value, note = "") {
   let box = [...list.children].find((child) => child.dataset.name === name);
   if (!box) {
     box = make("div", {}, make("dt", { textContent: name }), make("dd", { className: "value" }),
@@ -60,6 +64,8 @@ export function showTiles(list, swarm) {
   tile(list, "Peers", count(swarm.peers.length), kinds(swarm.peers) || "none yet");
   tile(list, "Group size", count(swarm.group_size),
     swarm.group_size ? `of at most ${count(swarm.target_group_size)}` : "known after the first round");
+  tile(list, "Round duration", span(swarm.round_seconds),
+    swarm.round_seconds === null ? "known after the first round" : "median of the peers' last");
   if (swarm.consensus_distance !== null) {
     tile(list, "Consensus distance", swarm.consensus_distance.toPrecision(3), "between peers' parameters");
   }
@@ -71,15 +77,4 @@ function kinds(peers) {
   return ["training", "starting", "leaving"]
     .map((state) => [peers.filter((peer) => peer.state === state).length, state])
     .filter(([number]) => number).map(([number, state]) => `${count(number)} ${state}`).join(", ");
-}
-
-export function showRounds(list, empty, swarm) {
-  const { averaged, failed, alone } = swarm.rounds;
-  empty.hidden = averaged + failed + alone > 0;
-  tile(list, "Averaged", count(averaged), "rounds with others");
-  tile(list, "Failed", count(failed), "rounds given up");
-  tile(list, "Alone", count(alone), "nobody else was there");
-  tile(list, "Joined", count(swarm.joins), "peers that came, or came back");
-  tile(list, "Left", count(swarm.departures.left), "peers that said so");
-  tile(list, "Lost", count(swarm.departures.lost), "peers that fell silent");
 }

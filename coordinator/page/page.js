@@ -1,13 +1,15 @@
 // The status page: who joins its parts.
 
 import { charts } from "./charts.js";
-import { count, duration, loss, setText, showRounds, showTiles } from "./figures.js";
+import { count, duration, loss, setText, showTiles } from "./figures.js";
 import { follow } from "./live.js";
 import { showPeers } from "./peers.js";
+import { showRounds } from "./rounds.js";
 
 const HISTORY_SECONDS = 10; // at least, between two readings of the history
 const ANNOUNCED_SECONDS = 10; // at least, between two epochs that a screen reader speaks of
 const at = (id) => document.getElementById(id);
+const parts = (...ids) => Object.fromEntries(ids.map((id) => [id, at(id)]));
 const WORDS = { connecting: "Connecting", live: "Live", polled: "Every 10 s: many watch", offline: "Offline" };
 const draw = charts(at("charts"), at("charts-missing"));
 let newest, announced = 0, drawn = 0, state;
@@ -24,7 +26,7 @@ function show(swarm) {
   newest = swarm;
   showTiles(at("tiles"), swarm);
   showPeers(at("peers"), at("peers-empty"), at("peers-more"), swarm);
-  showRounds(at("rounds"), at("rounds-empty"), swarm);
+  showRounds(parts("rounds", "rounds-empty", "rounds-since"), swarm);
   if (Date.now() - drawn > HISTORY_SECONDS * 1000) drawHistory();
 }
 

@@ -1,8 +1,9 @@
 // The table of peers: a row for each, kept while it is here.
 
-import { count, duration, loss, make, rate, setText } from "./figures.js";
+import { count, duration, loss, make, rate, setText, span } from "./figures.js";
 
 const MOST_ROWS = 300; // more would make a phone slow; the JSON has all
+const refusedBy = ({ refused: { value, absent, message } }) => value + absent + message;
 const COLUMNS = [
   ["Name", (peer) => peer.name, "text"],
   ["State", (peer) => peer.state, "text"],
@@ -11,6 +12,8 @@ const COLUMNS = [
   ["Samples/s", (peer) => rate(peer.samples_per_second)],
   ["Loss", (peer) => loss(peer.loss)],
   ["Group", (peer) => count(peer.group_size)],
+  ["Round", (peer) => peer.round_seconds ? span(peer.round_seconds) : "–"],
+  ["Refused", (peer) => count(refusedBy(peer))],
   ["Last seen", (peer) => `${duration(peer.last_seen_seconds)} ago`],
   ["Device", (peer) => peer.device, "text"],
   ["Version", (peer) => peer.version, "text"],

@@ -12,7 +12,7 @@ from hivemind.utils.crypto import RSAPrivateKey
 
 from averaging.dht import DHT, open_identity, start_dht
 from averaging.progress import publish_record, read_records, record_validators
-from averaging.records import PeerRecord, Rounds
+from averaging.records import PeerRecord, Refusals, Rounds, RoundSeconds
 
 RUN = "progress-test"
 
@@ -35,7 +35,9 @@ def record(dht: DHT, **fields: object) -> PeerRecord:
     told = PeerRecord(
         peer_id=str(dht.peer_id), name="ada", state="training", epoch=3, samples_accumulated=64, samples_total=640,
         samples_per_second=12.5, loss=1.5, group_size=2, version="0.1.0", device="cpu", client_mode=False,
-        time=get_dht_time(), rounds=Rounds(averaged=3, failed=1), sketch=bytes(128), auxiliary=True, step_seconds=0.5)
+        time=get_dht_time(), rounds=Rounds(averaged=3, failed=1), round_seconds=1.5,
+        seconds=RoundSeconds(4.5, 30.0), refused=Refusals(value=2, absent=1),
+        sketch=bytes(128), auxiliary=True, step_seconds=0.5)
     return replace(told, **fields)
 
 
@@ -82,7 +84,9 @@ def test_a_record_signed_by_another_key_is_stored_nowhere(nodes: list[tuple[DHT,
 
 
 @pytest.mark.parametrize("fields", [{"epoch": -1}, {"epoch": "3"}, {"state": "winning"}, {"name": "x" * 65},
-                                    {"samples_per_second": float("inf")}, {"loss": float("nan")}])
+                                    {"samples_per_second": float("inf")}, {"loss": float("nan")}, {"group_size": 2**16},
+                                    {"round_seconds": 1e9}, {"seconds": {"averaged": -1.0, "failed": 0.0}},
+                                    {"refused": {"value": 1}}])
 def test_a_record_out_of_schema_is_stored_nowhere(nodes: list[tuple[DHT, RSAPrivateKey]],
                                                   fields: dict[str, object]) -> None:
     other, other_key = nodes[1]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import hypothesis
 import pytest
 
-from averaging.records import PeerRecord, Rounds
+from averaging.records import PeerRecord, Refusals, Rounds, RoundSeconds
 from coordinator.swarm import Peer, SwarmState
 from coordinator.view import About
 
@@ -35,14 +35,15 @@ def about() -> About:
 def state(record: Callable[..., PeerRecord]) -> SwarmState:
     """Two peers at NOW, one of whom volunteers as a script."""
     rounds = Rounds(averaged=5, failed=1, alone=2)
+    seconds, refused = RoundSeconds(averaged=12.5, failed=30.0), Refusals(value=3, absent=1)
     ada = record("12D3ada", name="ada", epoch=7, samples_accumulated=64, samples_total=1000, samples_per_second=30.0,
-                 loss=2.0, group_size=2, rounds=rounds)
+                 loss=2.0, group_size=2, rounds=rounds, round_seconds=2.5, seconds=seconds, refused=refused)
     eve = record("12D3eve", name="<script>alert(1)</script>", state="starting", client_mode=True,
                  samples_per_second=10.0, loss=4.0)
     peers = {peer.peer_id: Peer(peer, NOW - 3) for peer in (ada, eve)}
     empty = SwarmState()
-    counters = replace(empty.counters, samples=1500, rounds=rounds)
-    return SwarmState(time=NOW, peers=peers, counters=counters, joins=6, left=3, lost=1, epoch=7)
+    counters = replace(empty.counters, samples=1500, rounds=rounds, seconds=seconds, refused=refused)
+    return SwarmState(time=NOW, peers=peers, counters=counters, joins=6, left=3, lost=1, epoch=7, since=NOW - 9000)
 
 
 @pytest.fixture(scope="session")

@@ -56,6 +56,7 @@ while not read_records(dht, run):
 dht.shutdown()
 """
 
+SUMS = ("since_seconds", "samples_total", "rounds", "joins")
 ANY = {"p2p_port": 0, "grpc_port": 0, "http_port": 0}
 
 
@@ -169,6 +170,7 @@ def test_it_stops_at_a_signal_and_comes_back_as_the_same_node(coordinator, enrol
         events = watched.iter_lines()
         for reading in ("a first", "a second"):
             until(lambda: next(events).startswith("id: "), f"{reading} reading")
+        known = httpx.get(f"{before['dashboard_url']}api/swarm").json()
         assert stop(process, signal.SIGTERM) == 0
         # The stream ends rather than being cut, which would raise.
         assert [line for line in events if line][-1].startswith("data: ")
@@ -177,6 +179,12 @@ def test_it_stops_at_a_signal_and_comes_back_as_the_same_node(coordinator, enrol
     again = run(state_dir, ports)
     try:
         assert ready(again) == before
+        swarm = httpx.get(f"{before['dashboard_url']}api/swarm").json()
+        assert [swarm[name] for name in SUMS] == [known[name] for name in SUMS]
+        times = httpx.get(f"{before['dashboard_url']}api/history").json()["over_time"]["time"]
+        assert times[0] == known["since_seconds"]  # of the first life
+        assert len([time for time in times if time <= known["time_seconds"]]) >= 2
+        assert "covey_samples_total 0.0" in httpx.get(before["metrics_url"]).text
         [daemon] = [child for child in psutil.Process(again.pid).children(recursive=True) if child.name() == "p2pd"]
         daemon.kill()
         assert again.wait(timeout=20) == 1

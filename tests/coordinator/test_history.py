@@ -26,7 +26,8 @@ def test_a_point_has_the_figures_of_its_reading(state: SwarmState, now: float) -
     series = columns(told([state]))["over_time"]
     assert {name: values for name, values in series.items() if name != "width"} == {
         "time": [now], "epoch": [7], "loss": [2.5], "samples_per_second": [40.0], "peers": [2], "group_size": [2],
-        "consensus_distance": [None], "averaged": [5], "failed": [1], "alone": [2]}
+        "consensus_distance": [None], "averaged": [5], "failed": [1], "alone": [2], "round_seconds": [2.5],
+        "refused_value": [3], "refused_absent": [1], "refused_message": [0]}
 
 
 def test_a_week_of_readings_is_seen_whole_and_evenly(now: float) -> None:

@@ -10,12 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from averaging.records import ARCHIVING, PEER_STATES, PeerRecord, Rounds
+from averaging.records import ARCHIVING, PEER_STATES, PeerRecord, Refusals, Rounds, RoundSeconds
 from coordinator import swarm
 from coordinator.swarm import SwarmState, observe
+from coordinator.view import About, view
+from proto.swarm_pb2 import SwarmSnapshot
 
 Record = Callable[..., PeerRecord]
 STALE = 60.0
+ABOUT = About(run_id="tiny-0", link="", version="0", target_batch_size=1, target_group_size=2, averaged="gradients")
 
 
 def fold(*readings: tuple[float, list[PeerRecord]]) -> SwarmState:
@@ -29,7 +32,8 @@ def fold(*readings: tuple[float, list[PeerRecord]]) -> SwarmState:
 # A history: each reading, some seconds after the one before, shows some of five peers in some condition.
 conditions = st.fixed_dictionaries({
     "state": st.sampled_from(PEER_STATES), "epoch": st.integers(0, 5), "samples_total": st.integers(0, 100),
-    "rounds": st.builds(Rounds, *[st.integers(0, 5)] * 3), "age": st.integers(-30, 90)})
+    "rounds": st.builds(Rounds, *[st.integers(0, 5)] * 3), "refused": st.builds(Refusals, *[st.integers(0, 5)] * 3),
+    "seconds": st.builds(RoundSeconds, *[st.floats(0, 1e9)] * 2), "age": st.integers(-30, 90)})
 histories = st.lists(
     st.tuples(st.integers(0, 40), st.dictionaries(st.sampled_from("abcde"), conditions)), min_size=1, max_size=12)
 
@@ -78,8 +82,7 @@ def test_counters_never_go_down(record: Record, now: float, history: list) -> No
     rows = readings(history, record, now)
     states = [fold(*rows[:length]) for length in range(1, len(rows) + 1)]
     for before, after in pairwise(states):
-        assert after.counters.samples >= before.counters.samples
-        assert after.counters.rounds.averaged >= before.counters.rounds.averaged
+        assert all(late >= early for early, late in zip(before.counters.amounts, after.counters.amounts, strict=True))
         assert (after.joins, after.left, after.lost) >= (before.joins, before.left, before.lost)
 
 
@@ -123,11 +126,29 @@ def test_group_size_is_the_largest_of_the_last_rounds(record: Record, now: float
     assert fold((now, [record("a", group_size=2), record("b", group_size=5), record("c")])).group_size == 5
 
 
+def test_a_rounds_duration_is_the_median_of_those_that_were_held(record: Record, now: float) -> None:
+    held = [record(name, round_seconds=seconds) for name, seconds in (("a", 2.0), ("b", 3.0), ("liar", 9e8), ("c", 0))]
+    assert fold((now, held)).round_seconds == 3.0
+    assert fold((now, [record("a")])).round_seconds is None
+
+
+def test_no_lie_is_too_large_to_be_carried(record: Record, now: float) -> None:
+    most = 2**63 - 1
+    liars = [record(name, samples_total=most, samples_accumulated=most, group_size=2**16 - 1, round_seconds=9e8,
+                    rounds=Rounds(most, most, most), refused=Refusals(most, most, most)) for name in "abc"]
+    snapshot = SwarmSnapshot(**view(fold((now, liars)), ABOUT))
+    assert (snapshot.samples_total, snapshot.epoch_samples, snapshot.refused.value) == (most, most, most)
+
+
 def test_counters_go_on_when_a_worker_restarts(record: Record, now: float) -> None:
-    state = fold((now, [record("a", samples_total=100, rounds=Rounds(4, 1, 0))]),
-                 (now + 9, [record("a", time=now + 9, samples_total=30, rounds=Rounds(1, 0, 0))]),
-                 (now + 19, [record("a", time=now + 19, samples_total=35, rounds=Rounds(2, 0, 0))]))
+    state = fold((now, [record("a", samples_total=100, rounds=Rounds(4, 1, 0), seconds=RoundSeconds(8.0, 30.0),
+                               refused=Refusals(value=2))]),
+                 (now + 9, [record("a", time=now + 9, samples_total=30, rounds=Rounds(1, 0, 0),
+                                   seconds=RoundSeconds(2.5), refused=Refusals(absent=1))]),
+                 (now + 19, [record("a", time=now + 19, samples_total=35, rounds=Rounds(2, 0, 0),
+                                    seconds=RoundSeconds(4.0), refused=Refusals(absent=1))]))
     assert state.counters.samples == 135
+    assert (state.counters.seconds, state.counters.refused) == (RoundSeconds(12.0, 30.0), Refusals(2, 1, 0))
     assert state.counters.rounds == Rounds(6, 1, 0)
     assert (state.joins, state.lost) == (1, 0)
 

@@ -19,12 +19,13 @@ from proto.peer_pb2 import PeerStatus, WorkerEvent
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
 ROW = re.compile(r"^\| `(covey_\w+)` \| (\w+) \| (.*?) ?\| (.+) \|$", re.MULTILINE)
 BOTH = {"covey_epoch", "covey_loss", "covey_epoch_samples", "covey_samples_total", "covey_averaging_rounds_total",
-        "covey_group_size", "covey_build_info"}
+        "covey_averaging_duration_seconds", "covey_rejected_contributions_total", "covey_group_size",
+        "covey_build_info"}
 COORDINATORS = {"covey_target_batch_size", "covey_peers", "covey_peer_joins_total", "covey_peer_departures_total",
                 "covey_auth_failures_total", "covey_checkpoint_last_success_timestamp_seconds"}
-PEERS = {"covey_averaging_duration_seconds", "covey_matchmaking_duration_seconds", "covey_network_bytes_total",
+PEERS = {"covey_matchmaking_duration_seconds", "covey_network_bytes_total",
          "covey_state_load_duration_seconds", "covey_checkpoint_last_success_timestamp_seconds",
-         "covey_rejected_contributions_total", "covey_gpu_memory_used_bytes"}
+         "covey_gpu_memory_used_bytes"}
 Metrics = dict[str, tuple[str, frozenset[str]]]  # type and labels, by name
 
 

@@ -10,11 +10,10 @@ import psutil
 from prometheus_server import Samples, sample_name
 from swarm import Covey
 
-from averaging.records import PEER_MODES, PEER_STATES
+from averaging.records import BAD_VALUES, PEER_MODES, PEER_STATES
 from averaging.version import VERSION
 from coordinator.metrics import FAILURES
 from peer.control import socket_path
-from peer.metrics import BAD_VALUES
 from proto.peer_pb2 import PeerStatus, PeerWatchRequest
 from proto.peer_pb2_grpc import PeerStub
 
@@ -96,6 +95,11 @@ def coordinators_truth(swarm: dict[str, Any]) -> Samples:
         **{sample_name("covey_averaging_rounds_total", kind="gradients", outcome=outcome): swarm["rounds"][outcome]
            for outcome in ("averaged", "failed", "alone")},
         **(archives_truth(swarm["archive"]) if swarm["archive"] else {}),
+        **{sample_name(f"covey_averaging_duration_seconds_{of}", kind="gradients", outcome=outcome): value
+           for outcome, seconds in swarm["seconds_in_rounds"].items()
+           for of, value in (("count", swarm["rounds"][outcome]), ("sum", seconds))},
+        **{sample_name("covey_rejected_contributions_total", reason=reason): value
+           for reason, value in swarm["refused"].items()},
         sample_name("covey_build_info", version=VERSION): 1}
 
 

@@ -23,7 +23,9 @@ OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", 
 
 # Expressions in the status page.
 FIRST = "document.querySelector('#tiles dd') !== null"
-DRAWN = "document.querySelectorAll('#charts .main-svg').length >= 4"
+DRAWN = ("(([...charts]) => charts.some((chart) => chart.querySelector('.main-svg')) && "
+         "charts.every((chart) => chart.hidden || chart.querySelector('.main-svg')))"
+         "(document.querySelectorAll('#charts .chart'))")
 LIVE = "document.getElementById('connection').dataset.state === 'live'"
 WARNED = "!document.getElementById('notice').hidden"
 TILES = ("Object.fromEntries([...document.querySelectorAll('#tiles > div, #rounds > div')].filter((box) => !box.hidden)"

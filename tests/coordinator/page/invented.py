@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from averaging.records import PeerRecord, Rounds
+from averaging.records import PeerRecord, Refusals, Rounds, RoundSeconds
 from coordinator.events import Feed
 from coordinator.history import History, remember
 from coordinator.http import coordinator_app, serve_http
@@ -74,7 +74,7 @@ class Site:
 def lively(hours: float = 30.0) -> tuple[SwarmState, History]:
     """A swarm of ten after some hours of training, with churn, failed rounds and a short outage."""
     now, chance, steps = time.time(), random.Random(5), 1500
-    state, history, averaged, failed = SwarmState(), History(), 0, 0
+    state, history, averaged, failed, refused = SwarmState(), History(), 0, 0, Refusals()
     for step in range(steps):
         share = step / (steps - 1)
         if 0.55 < share < 0.57:  # the coordinator could not read
@@ -82,13 +82,15 @@ def lively(hours: float = 30.0) -> tuple[SwarmState, History]:
         here = max(2, round(len(NAMES) * (0.35 + 0.65 * min(1, share * 1.4)) - 2.5 * (0.3 < share < 0.36)))
         rough = share > 0.3 and chance.random() < 0.05
         averaged, failed = averaged + here // 2, failed + 2 * rough
+        refused = refused.plus({"silent": 2 * rough, "non-finite": int(0.7 < share < 0.72), "forged": int(share == 1)})
         epoch = int(share * 412)
         when = now - (1 - share) * hours * 3600
         group = min(here, 3 + (step // 70 % 7 > 0))
         peers = [_peer(i, epoch, group, when, chance) for i in range(here)]
         state = SwarmState(
             time=when, peers={peer.record.peer_id: peer for peer in peers}, epoch=epoch, joins=23, left=9, lost=4,
-            counters=Counters(round(share * 412 * TARGET), Rounds(averaged, failed, alone=min(40, step))))
+            counters=Counters(round(share * 412 * TARGET), Rounds(averaged, failed, alone=min(40, step)),
+                              RoundSeconds(2.4 * averaged, 30.0 * failed), refused), since=now - hours * 3600)
         history = remember(history, state)
     return state, history
 
@@ -100,8 +102,9 @@ def _peer(number: int, epoch: int, group: int, when: float, chance: random.Rando
         peer_id=f"12D3Koo{number:04d}", name=NAMES[number], state="training", epoch=epoch,
         samples_accumulated=round(speed * 100), samples_total=epoch * 6000, samples_per_second=speed,
         loss=loss if epoch else None, group_size=group, version="0.1.0", device=DEVICES[number % 4],
-        client_mode=number % 3 == 2, time=when, sketch=b"")
+        client_mode=number % 3 == 2, time=when, sketch=b"",
+        round_seconds=1.4 + 0.35 * group + abs(chance.gauss(0, 0.2)), refused=Refusals(absent=number // 3))
     if number == len(NAMES) - 1:
         record = replace(record, state="starting", samples_per_second=0.0, samples_accumulated=0, loss=None,
-                         group_size=0)
+                         group_size=0, round_seconds=0.0, refused=Refusals())
     return Peer(record, when - chance.uniform(0.5, 6))

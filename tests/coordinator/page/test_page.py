@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import httpx
@@ -10,7 +11,8 @@ import pytest
 from chromium import DRAWN, FIRST, ROWS, TILES, WARNED, Tab
 from invented import Site
 
-from averaging.records import PeerRecord
+from averaging.records import PeerRecord, Rounds
+from coordinator.history import History, remember
 from coordinator.swarm import Peer, SwarmState
 
 
@@ -27,7 +29,12 @@ def test_the_figures_are_those_of_the_json(tab: Tab, lively_site: Site) -> None:
         "Averaged": f"{swarm['rounds']['averaged']:,}",
         "Failed": f"{swarm['rounds']['failed']:,}", "Alone": f"{swarm['rounds']['alone']:,}",
         "Joined": str(swarm["joins"]), "Left": str(swarm["departures"]["left"]),
-        "Lost": str(swarm["departures"]["lost"])}
+        "Lost": str(swarm["departures"]["lost"]), "Round duration": f"{swarm['round_seconds']:.1f} s",
+        "Bad values": f"{swarm['refused']['value']:,}", "Gone or late": f"{swarm['refused']['absent']:,}",
+        "Bad messages": f"{swarm['refused']['message']:,}"}
+    assert all(float(text.split()[0].replace(",", "")) > 0 for text in shown.values() if text[0] != "i")
+    since = datetime.fromtimestamp(swarm["since_seconds"]).strftime("%Y-%m-%d %H:%M")  # local, as on the page
+    assert tab.text("#rounds-since") == f"Since {since}. "
     assert tab.js(TILES)["Next epoch"][1] == f"{swarm['epoch_samples']:,} of 65,536 samples"
     assert f"of at most {swarm['target_group_size']}" in tab.text("#tiles")
     assert [row[0] for row in tab.js(ROWS)] == sorted(peer["name"] for peer in swarm["peers"])
@@ -38,12 +45,13 @@ def _row(peer: dict[str, Any]) -> list[str]:
     loss = "–" if peer["loss"] is None else f"{peer['loss']:.4f}"
     return [peer["state"], f"{peer['epoch']:,}", f"{peer['samples_accumulated']:,}",
             f"{peer['samples_per_second']:,.1f}", loss, str(peer["group_size"]),
+            f"{peer['round_seconds']:.1f} s" if peer["round_seconds"] else "–", str(sum(peer["refused"].values())),
             f"{peer['last_seen_seconds']:.0f} s ago", peer["device"], peer["version"], peer["mode"]]
 
 
 def test_the_charts_have_the_points_of_the_history(tab: Tab, lively_site: Site) -> None:
     tab.open(lively_site.url)
-    tab.wait(DRAWN, "four charts")
+    tab.wait(DRAWN, "the charts")
     history = httpx.get(f"{lively_site.url}/api/history").json()
     drawn = tab.js("document.querySelector('#chart-loss .chart').data[0].y")
     assert drawn == history["over_epochs"]["loss"]
@@ -53,13 +61,36 @@ def test_the_charts_have_the_points_of_the_history(tab: Tab, lively_site: Site) 
     bars = tab.js("document.querySelector('#chart-rounds .chart').data.map((trace) => trace.y)")
     assert [sum(bar) for bar in bars] == [history["over_time"][outcome][-1]
                                           for outcome in ("averaged", "failed", "alone")]
+    seconds = tab.js("document.querySelector('#chart-duration .chart').data[0].y")
+    assert [value for value in seconds if value is not None] == history["over_time"]["round_seconds"]
+    refused = tab.js("document.querySelector('#chart-refused .chart').data.map((trace) => trace.y)")
+    assert [sum(bar) for bar in refused] == [history["over_time"][f"refused_{kind}"][-1]
+                                             for kind in ("value", "absent", "message")]
+    groups = tab.js("document.querySelector('#chart-group .chart').data.map((trace) => trace.y)")
+    assert [size for size in groups[0] if size is not None] == history["over_time"]["group_size"]
+    assert groups[1] == [4, 4]  # the target
     words = tab.text("#chart-loss figcaption")
     assert f"now {history['over_epochs']['loss'][-1]:.4f}, lowest {min(drawn[1:]):.4f} (epoch " in words
 
 
+def test_what_was_counted_while_the_coordinator_was_away_is_spread_over_that_time(
+        tab: Tab, site: Site, state: SwarmState, now: float) -> None:
+    history, rounds = History(), 0
+    for seconds in (*range(0, 400, 2), *range(800, 1200, 2)):
+        rounds += 200 if seconds == 800 else 1
+        history = remember(history, replace(state, time=now + seconds, counters=replace(
+            state.counters, rounds=Rounds(averaged=rounds))))
+    site.show(state, history)
+    tab.open(site.url)
+    tab.wait(DRAWN, "the charts")
+    bars = tab.js("document.querySelector('#chart-rounds .chart').data[0].y")
+    assert sum(bars) == rounds
+    assert max(bars) <= 1.5 * min(bars)
+
+
 def test_it_loads_nothing_from_afar_and_nothing_is_refused(tab: Tab, lively_site: Site) -> None:
     tab.open(lively_site.url)
-    tab.wait(DRAWN, "four charts")
+    tab.wait(DRAWN, "the charts")
     x, y = tab.js("(({x, y, width}) => [x + width / 2, y + 80])"
                   "(document.querySelector('#chart-speed .chart').getBoundingClientRect())")
     tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
@@ -82,7 +113,7 @@ def test_what_volunteers_sign_is_text_and_runs_nothing(tab: Tab, site: Site, sta
     tab.open(site.url)
     tab.wait(f"{ROWS}.length === {len(HOSTILE)}", "a row for each")
     tab.wait(DRAWN, "the charts")
-    assert sorted((row[0], row[8], row[9]) for row in tab.js(ROWS)) == sorted((name,) * 3 for name in HOSTILE)
+    assert sorted((row[0], row[10], row[11]) for row in tab.js(ROWS)) == sorted((name,) * 3 for name in HOSTILE)
     assert tab.js("typeof window.ran") == "undefined"
     assert tab.js("document.querySelectorAll('main script, main img, main [onerror], main [onload]').length") == 0
     assert tab.complaints() == []
@@ -106,7 +137,8 @@ def test_an_empty_swarm_says_what_is_missing(tab: Tab, site: Site, now: float) -
     page = tab.text("main")
     for missing in ("No peer is here. Start one", "no peer is here", "known after the first epoch",
                     "known after the first round", "No epoch has ended yet", "Nobody has trained yet",
-                    "No peer has been here yet", "No round of averaging has ended yet."):
+                    "No peer has been here yet", "No round of averaging has ended yet.", "No group has averaged yet",
+                    "No round with others has ended yet", "None so far: nothing bad was sent"):
         assert missing in page
     assert not re.search(r"NaN|undefined|null|Invalid", page)
 

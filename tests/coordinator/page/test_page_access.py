@@ -37,7 +37,7 @@ def test_it_fits_and_can_be_read_on_a_phone_in_light_and_dark(tab: Tab, lively_s
                                                               dark: bool) -> None:
     tab.look(width, 800, dark=dark, phone=width < 500)
     tab.open(lively_site.url)
-    tab.wait(DRAWN, "four charts")
+    tab.wait(DRAWN, "the charts")
     assert tab.js("document.documentElement.scrollWidth") <= width
     brightness = tab.js("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
     assert (sum(brightness) < 128 * 3) is dark
@@ -46,15 +46,16 @@ def test_it_fits_and_can_be_read_on_a_phone_in_light_and_dark(tab: Tab, lively_s
 
 def test_a_screen_reader_finds_its_way(tab: Tab, lively_site: Site) -> None:
     tab.open(lively_site.url)
-    tab.wait(DRAWN, "four charts")
+    tab.wait(DRAWN, "the charts")
     tree = tab.call("Accessibility.getFullAXTree")["nodes"]
     found = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in tree if not node["ignored"]]
     names = {role: [name for kind, name in found if kind == role] for role, _ in found}
     assert len(names["main"]) == len(names["banner"]) == len(names["status"]) == 1
-    assert {"Now", "So far", "Peers", "Rounds and churn", "Join"} <= set(names["region"])
-    assert set(names["image"]) == {"Loss over epochs", "Samples per second", "Peers and group size",
-                                   "Rounds by outcome"}
-    assert len(names["columnheader"]) == 11
+    assert {"Now", "So far", "Peers", "Rounds, churn and refusals", "Join"} <= set(names["region"])
+    assert set(names["image"]) == {"Loss over epochs", "Samples per second", "Peers",
+                                   "Group size against its target", "Rounds by outcome",
+                                   "Duration of rounds, in seconds", "Contributions refused"}
+    assert len(names["columnheader"]) == 13
     assert len(names["rowheader"]) == 10
     levels = tab.js("[...document.querySelectorAll('h1, h2, h3')].map((heading) => +heading.tagName[1])")
     assert levels[0] == 1
