@@ -1,12 +1,20 @@
 // What is charted: of which series of the history, along which axis, and what is said while there is nothing to draw.
 
-import { count, loss, rate, span } from "./figures.js";
+import { count, loss, percent, rate, span } from "./figures.js";
+
+const notEvaluated = ({ archive }) => archive ? "No checkpoint has been evaluated yet."
+  : "This coordinator keeps no checkpoints, so there are none to evaluate.";
 
 // `lines` and `bars`: [field of the history, its name, ink, format]. Bars are of counters: what they grew by.
 // `amounts`: 0 is the least there can be, and means that nothing is there yet. `target`: a line for the group's.
+// `said`: in words only. `empty` may be a function of the reading.
 export const CHARTS = [
   { id: "loss", title: "Loss over epochs", empty: "No epoch has ended yet: the loss is known after the first.",
     series: "over_epochs", axis: "epoch", lines: [["loss", "Loss", "accent", loss]] },
+  { id: "evaluation", title: "Evaluation over epochs", empty: notEvaluated,
+    series: "evaluations", axis: "epoch", ticks: ".0%", lines: [["knn_accuracy", "k-NN accuracy", "accent", percent],
+      ["top1_accuracy", "Top-1 accuracy", "accent", percent], ["top5_accuracy", "Top-5 accuracy", "second", percent]],
+    said: [["val_loss", "Loss on the validation images", "third", loss]] },
   { id: "speed", title: "Samples per second", empty: "Nobody has trained yet.", amounts: true,
     series: "over_time", axis: "time", lines: [["samples_per_second", "Samples/s", "accent", rate]] },
   { id: "peers", title: "Peers", empty: "No peer has been here yet.", amounts: true,

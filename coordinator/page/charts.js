@@ -2,7 +2,7 @@
 
 import { CHARTS } from "./chart_list.js";
 import { make, setText } from "./figures.js";
-import { growth, inWords, local, points } from "./gist.js";
+import { evaluations, growth, inWords, local, points } from "./gist.js";
 
 const FEW = 40; // points that are shown as such; more are a line
 
@@ -15,26 +15,28 @@ function traces(chart, history, target) {
     return chart.bars.map(([field, name, ink]) =>
       ({ ...xy(growth(history, field)), name, type: "bar", marker: { color: colour(ink) } }));
   }
-  const lines = chart.lines.map(([field, name, ink], index) => ({ ...xy(points(chart, history, field)), name,
-    type: "scatter", mode: history[chart.series].time.length < FEW ? "lines+markers" : "lines", marker: { size: 5 },
+  const { [chart.axis]: keys, ...values } = history[chart.series];
+  const known = chart.lines.filter(([field]) => values[field].some((value) => value !== null));
+  const lines = known.map(([field, name, ink], index) => ({ ...xy(points(chart, history, field)), name,
+    type: "scatter", mode: keys.length < FEW ? "lines+markers" : "lines", marker: { size: 5 },
     line: { color: colour(ink), width: index ? 1.2 : 2.2 } }));
-  const { [chart.axis]: keys } = history[chart.series];
   const goal = { ...xy([[keys[0], target], [keys[keys.length - 1], target]]), name: "Group target", type: "scatter",
     mode: "lines", line: { color: colour("third"), width: 1, dash: "dot" } };
   return chart.target ? [...lines, goal] : lines;
 }
 
-function layout(chart) {
+function layout(chart, drawn) {
   const axis = { gridcolor: colour("line"), linecolor: colour("line"), zeroline: false, fixedrange: true,
     automargin: true };
   return { autosize: true, margin: { l: 44, r: 8, t: 8, b: 28 }, paper_bgcolor: "transparent",
     plot_bgcolor: "transparent", font: { color: colour("ink"), size: 12, family: "system-ui, sans-serif" },
-    showlegend: (chart.lines ?? chart.bars).length > 1 || Boolean(chart.target),
+    showlegend: drawn.length > 1,
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, traceorder: "normal" },
     barmode: "stack", bargap: 0.15, dragmode: false, hovermode: "x unified", uirevision: "kept",
     hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), font: { color: colour("ink") } },
     xaxis: { ...axis, type: chart.axis === "time" ? "date" : "linear", nticks: 5, tickangle: 0 },
-    yaxis: { ...axis, rangemode: chart.amounts || chart.bars ? "tozero" : "normal", nticks: 6 } };
+    yaxis: { ...axis, rangemode: chart.amounts || chart.bars ? "tozero" : "normal", nticks: 6,
+      tickformat: chart.ticks ?? "" } };
 }
 
 function figure(chart) {
@@ -45,21 +47,22 @@ function figure(chart) {
   return { whole, words, drawing };
 }
 
-// Draws into `container`: returns draw(history, target group size). `missing` is shown if the library does not load.
+// Draws into `container`: returns draw(history, swarm), the swarm being a reading. `missing` is shown if the library does not load.
 export function charts(container, missing) {
   const figures = CHARTS.map((chart) => ({ chart, ...figure(chart) }));
   container.append(...figures.map(({ whole }) => whole));
   let last, loaded = false;
 
-  const draw = (history, target) => {
-    last = [history, target];
+  const draw = (past, swarm) => {
+    last = [past, swarm];
+    const history = { ...past, evaluations: evaluations(swarm.archive) };
     for (const { chart, words, drawing } of figures) {
       const said = inWords(chart, history);
-      setText(words, said || chart.empty);
+      setText(words, said || (typeof chart.empty === "function" ? chart.empty(swarm) : chart.empty));
       drawing.hidden = !said || !loaded;
       if (drawing.hidden) continue;
-      globalThis.Plotly.react(drawing, traces(chart, history, target), layout(chart),
-        { displayModeBar: false, responsive: true });
+      const drawn = traces(chart, history, swarm.target_group_size);
+      globalThis.Plotly.react(drawing, drawn, layout(chart, drawn), { displayModeBar: false, responsive: true });
     }
     // To a screen reader a chart is its name and its words; one is where plotly.js measures, unseen.
     document.querySelectorAll("#charts svg, svg#js-plotly-tester").forEach((svg) => { svg.ariaHidden = "true"; });

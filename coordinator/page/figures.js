@@ -4,6 +4,7 @@ export const count = (value) => value.toLocaleString("en-US", { maximumFractionD
 export const rate = (value) =>
   value.toLocaleString("en-US", { minimumFractionDigits: 1, maximumFractionDigits: 1 });
 export const loss = (value) => value === null ? "–" : value.toFixed(4);
+export const percent = (value) => `${(100 * value).toFixed(1)} %`;
 
 export function duration(seconds) {
   const [s, m, h] = [Math.round(seconds), Math.round(seconds / 60), Math.round(seconds / 3600)];
@@ -52,6 +53,13 @@ function toNextEpoch(swarm) {
   return [swarm.seconds_to_next_epoch === 0 ? "averaging" : `in ${duration(swarm.seconds_to_next_epoch)}`, gathered];
 }
 
+// [how old it is, which it is].
+function newestCheckpoint({ archive, time_seconds: now }) {
+  if (!archive) return ["–", "this coordinator keeps none"];
+  if (archive.epoch === null) return ["–", "none is kept yet"];
+  return [`${duration(Math.max(0, now - archive.time_seconds))} ago`, `epoch ${count(archive.epoch)}`];
+}
+
 export function showTiles(list, swarm) {
   const { epoch_samples: samples, target_batch_size: target } = swarm;
   tile(list, "Epoch", count(swarm.epoch), "updates of the model");
@@ -66,6 +74,7 @@ export function showTiles(list, swarm) {
     swarm.group_size ? `of at most ${count(swarm.target_group_size)}` : "known after the first round");
   tile(list, "Round duration", span(swarm.round_seconds),
     swarm.round_seconds === null ? "known after the first round" : "median of the peers' last");
+  tile(list, "Checkpoint", ...newestCheckpoint(swarm));
   if (swarm.consensus_distance !== null) {
     tile(list, "Consensus distance", swarm.consensus_distance.toPrecision(3), "between peers' parameters");
   }

@@ -58,10 +58,20 @@ function gist(chart, [field, name, , format], history) {
   return `${name}: now ${format(now[1])}, ${say("lowest", low)}, ${say("highest", high)}.`;
 }
 
+// The archive's evaluations as one more series of the history: a list for each figure, null where it was not measured.
+export function evaluations(archive) {
+  const all = archive?.evaluations ?? [];
+  const list = (name) => all.map(({ figures }) => figures[name] ?? null);
+  return { width: 1, epoch: all.map(({ epoch }) => epoch), ...Object.fromEntries(
+    ["knn_accuracy", "top1_accuracy", "top5_accuracy", "val_loss"].map((name) => [name, list(name)])) };
+}
+
 export function inWords(chart, history) {
   const some = (chart.lines ?? chart.bars).some(([field]) => history[chart.series][field].some((value) => value > 0));
   if ((chart.amounts || chart.bars) && !some) return "";
-  if (chart.lines) return chart.lines.map((line) => gist(chart, line, history)).filter(Boolean).join(" ");
+  if (chart.lines) {
+    return [...chart.lines, ...chart.said ?? []].map((line) => gist(chart, line, history)).filter(Boolean).join(" ");
+  }
   const sums = chart.bars.map(([field, name]) => `${name.toLowerCase()} ${count(history.over_time[field].at(-1))}`);
   return `All told: ${sums.join(", ")}.`;
 }

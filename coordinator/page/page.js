@@ -26,7 +26,7 @@ function show(swarm) {
   newest = swarm;
   showTiles(at("tiles"), swarm);
   showPeers(at("peers"), at("peers-empty"), at("peers-more"), swarm);
-  showRounds(parts("rounds", "rounds-empty", "rounds-since"), swarm);
+  showRounds(parts("rounds", "refused", "churn", "rounds-empty", "since"), swarm);
   if (Date.now() - drawn > HISTORY_SECONDS * 1000) drawHistory();
 }
 
@@ -34,7 +34,7 @@ async function drawHistory() {
   drawn = Date.now();
   try {
     const answer = await fetch("/api/history", { signal: AbortSignal.timeout(10000) });
-    if (answer.ok) draw(await answer.json(), newest.target_group_size);
+    if (answer.ok) draw(await answer.json(), newest);
   } catch { /* the connection's status tells; the next reading tries again */ }
 }
 

@@ -3,17 +3,17 @@
 import { count, setText, tile } from "./figures.js";
 import { local } from "./gist.js";
 
-export function showRounds({ rounds: list, "rounds-empty": empty, "rounds-since": since }, swarm) {
-  const { rounds: { averaged, failed, alone }, refused, departures } = swarm;
+export function showRounds({ rounds, refused, churn, "rounds-empty": empty, since }, swarm) {
+  const { averaged, failed, alone } = swarm.rounds;
   empty.hidden = averaged + failed + alone > 0;
-  tile(list, "Averaged", count(averaged), "rounds with others");
-  tile(list, "Failed", count(failed), "rounds given up");
-  tile(list, "Alone", count(alone), "nobody else was there");
-  tile(list, "Joined", count(swarm.joins), "peers that came, or came back");
-  tile(list, "Left", count(departures.left), "peers that said so");
-  tile(list, "Lost", count(departures.lost), "peers that fell silent");
-  tile(list, "Bad values", count(refused.value), "refused: not finite, or misshapen");
-  tile(list, "Gone or late", count(refused.absent), "refused: their senders vanished");
-  tile(list, "Bad messages", count(refused.message), "refused: forged, or out of place");
+  tile(rounds, "Averaged", count(averaged), "with others");
+  tile(rounds, "Failed", count(failed), "given up");
+  tile(rounds, "Alone", count(alone), "nobody else was there");
+  tile(refused, "Bad values", count(swarm.refused.value), "not finite, or misshapen");
+  tile(refused, "Gone or late", count(swarm.refused.absent), "their senders vanished");
+  tile(refused, "Bad messages", count(swarm.refused.message), "forged, or out of place");
+  tile(churn, "Joined", count(swarm.joins), "came, or came back");
+  tile(churn, "Left", count(swarm.departures.left), "said so");
+  tile(churn, "Lost", count(swarm.departures.lost), "fell silent");
   setText(since, swarm.since_seconds ? `Since ${local(swarm.since_seconds).slice(0, -3)}. ` : "");
 }

@@ -28,7 +28,7 @@ DRAWN = ("(([...charts]) => charts.some((chart) => chart.querySelector('.main-sv
          "(document.querySelectorAll('#charts .chart'))")
 LIVE = "document.getElementById('connection').dataset.state === 'live'"
 WARNED = "!document.getElementById('notice').hidden"
-TILES = ("Object.fromEntries([...document.querySelectorAll('#tiles > div, #rounds > div')].filter((box) => !box.hidden)"
+TILES = ("Object.fromEntries([...document.querySelectorAll('main dl > div')].filter((box) => !box.hidden)"
          ".map((box) => [box.dataset.name, [...box.querySelectorAll('.value, .note')].map((dd) => dd.innerText)]))")
 ROWS = "[...document.querySelectorAll('#peers tbody tr')].map((row) => [...row.cells].map((cell) => cell.innerText))"
 

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 from chromium import DRAWN, chromium_tab
-from invented import TARGET, Site, lively
+from invented import TARGET, Site, kept, lively
 
+from coordinator.archive import Archive
 from coordinator.swarm import SwarmState
 from coordinator.view import About
 
@@ -20,7 +21,8 @@ LOOKS = {"light": (1200, False, False), "dark": (1200, True, False), "phone": (3
 
 def main(folder: Path) -> None:
     """Write a PNG for every look, and one of an empty swarm."""
-    site = Site(ABOUT, *lively())
+    state, history = lively()
+    site = Site(ABOUT, state, history, kept(state.time))
     with site.served(), chromium_tab() as tab:
         for name, (width, dark, phone) in LOOKS.items():
             tab.look(width, 800, dark=dark, phone=phone)
@@ -31,7 +33,8 @@ def main(folder: Path) -> None:
         tab.open(site.url)
         tab.wait(DRAWN, "the charts")
         tab.screenshot(folder / "status_page.png")
-        site.show(SwarmState(time=site.state.time))
+        site.archive = Archive()
+        site.show(SwarmState(time=site.state.time, since=site.state.time))
         tab.open(site.url)
         tab.wait("document.querySelector('#chart-loss figcaption')?.innerText", "the empty page")
         tab.screenshot(folder / "empty.png", whole=True)

@@ -12,6 +12,7 @@ from chromium import DRAWN, FIRST, ROWS, TILES, WARNED, Tab
 from invented import Site
 
 from averaging.records import PeerRecord, Rounds
+from coordinator.archive import Archive, Evaluation
 from coordinator.history import History, remember
 from coordinator.swarm import Peer, SwarmState
 
@@ -30,11 +31,14 @@ def test_the_figures_are_those_of_the_json(tab: Tab, lively_site: Site) -> None:
         "Failed": f"{swarm['rounds']['failed']:,}", "Alone": f"{swarm['rounds']['alone']:,}",
         "Joined": str(swarm["joins"]), "Left": str(swarm["departures"]["left"]),
         "Lost": str(swarm["departures"]["lost"]), "Round duration": f"{swarm['round_seconds']:.1f} s",
+        "Checkpoint": "2 min 17 s ago",
         "Bad values": f"{swarm['refused']['value']:,}", "Gone or late": f"{swarm['refused']['absent']:,}",
         "Bad messages": f"{swarm['refused']['message']:,}"}
     assert all(float(text.split()[0].replace(",", "")) > 0 for text in shown.values() if text[0] != "i")
     since = datetime.fromtimestamp(swarm["since_seconds"]).strftime("%Y-%m-%d %H:%M")  # local, as on the page
-    assert tab.text("#rounds-since") == f"Since {since}. "
+    assert tab.text("#since") == f"Since {since}. "
+    assert swarm["time_seconds"] - swarm["archive"]["time_seconds"] == 137
+    assert tab.js(TILES)["Checkpoint"][1] == f"epoch {swarm['archive']['epoch']}"
     assert tab.js(TILES)["Next epoch"][1] == f"{swarm['epoch_samples']:,} of 65,536 samples"
     assert f"of at most {swarm['target_group_size']}" in tab.text("#tiles")
     assert [row[0] for row in tab.js(ROWS)] == sorted(peer["name"] for peer in swarm["peers"])
@@ -69,6 +73,11 @@ def test_the_charts_have_the_points_of_the_history(tab: Tab, lively_site: Site) 
     groups = tab.js("document.querySelector('#chart-group .chart').data.map((trace) => trace.y)")
     assert [size for size in groups[0] if size is not None] == history["over_time"]["group_size"]
     assert groups[1] == [4, 4]  # the target
+    swarm = httpx.get(f"{lively_site.url}/api/swarm").json()
+    accuracy = tab.js("document.querySelector('#chart-evaluation .chart').data.map((trace) => [trace.name, trace.y])")
+    measured = [each["figures"]["knn_accuracy"] for each in swarm["archive"]["evaluations"]]
+    assert accuracy == [["k-NN accuracy", measured]]
+    assert f"now {100 * measured[-1]:.1f} %, lowest" in tab.text("#chart-evaluation figcaption")
     words = tab.text("#chart-loss figcaption")
     assert f"now {history['over_epochs']['loss'][-1]:.4f}, lowest {min(drawn[1:]):.4f} (epoch " in words
 
@@ -138,9 +147,31 @@ def test_an_empty_swarm_says_what_is_missing(tab: Tab, site: Site, now: float) -
     for missing in ("No peer is here. Start one", "no peer is here", "known after the first epoch",
                     "known after the first round", "No epoch has ended yet", "Nobody has trained yet",
                     "No peer has been here yet", "No round of averaging has ended yet.", "No group has averaged yet",
-                    "No round with others has ended yet", "None so far: nothing bad was sent"):
+                    "No round with others has ended yet", "None so far: nothing bad was sent",
+                    "this coordinator keeps none", "This coordinator keeps no checkpoints"):
         assert missing in page
     assert not re.search(r"NaN|undefined|null|Invalid", page)
+
+
+def test_an_empty_archive_says_what_is_missing(tab: Tab, site: Site) -> None:
+    site.archive = Archive()
+    tab.open(site.url)
+    tab.wait("document.querySelector('#chart-evaluation figcaption')?.innerText", "the history")
+    assert tab.js(TILES)["Checkpoint"] == ["–", "none is kept yet"]
+    assert tab.text("#chart-evaluation figcaption") == "No checkpoint has been evaluated yet."
+
+
+def test_figures_of_a_classifier_are_drawn_and_said(tab: Tab, site: Site) -> None:
+    site.archive = Archive(epoch=2, time=site.state.time, evaluations=tuple(
+        Evaluation(at, {"top1_accuracy": 0.25 * at, "top5_accuracy": 0.4 * at, "val_loss": 2.0 - at}) for at in (1, 2)))
+    tab.open(site.url)
+    tab.wait(DRAWN, "the charts")
+    drawn = tab.js("document.querySelector('#chart-evaluation .chart').data.map((trace) => [trace.name, trace.y])")
+    assert drawn == [["Top-1 accuracy", [0.25, 0.5]], ["Top-5 accuracy", [0.4, 0.8]]]
+    assert tab.text("#chart-evaluation figcaption") == (
+        "Top-1 accuracy: now 50.0 %, lowest 25.0 % (epoch 1), highest 50.0 % (epoch 2). "
+        "Top-5 accuracy: now 80.0 %, lowest 40.0 % (epoch 1), highest 80.0 % (epoch 2). "
+        "Loss on the validation images: now 0.0000, lowest 0.0000 (epoch 2), highest 1.0000 (epoch 1).")
 
 
 def test_before_the_first_reading_it_says_so(tab: Tab, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,8 +51,8 @@ def test_a_screen_reader_finds_its_way(tab: Tab, lively_site: Site) -> None:
     found = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in tree if not node["ignored"]]
     names = {role: [name for kind, name in found if kind == role] for role, _ in found}
     assert len(names["main"]) == len(names["banner"]) == len(names["status"]) == 1
-    assert {"Now", "So far", "Peers", "Rounds, churn and refusals", "Join"} <= set(names["region"])
-    assert set(names["image"]) == {"Loss over epochs", "Samples per second", "Peers",
+    assert {"Now", "So far", "Peers", "Rounds and churn", "Join"} <= set(names["region"])
+    assert set(names["image"]) == {"Loss over epochs", "Evaluation over epochs", "Samples per second", "Peers",
                                    "Group size against its target", "Rounds by outcome",
                                    "Duration of rounds, in seconds", "Contributions refused"}
     assert len(names["columnheader"]) == 13
