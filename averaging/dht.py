@@ -4,10 +4,13 @@ import averaging.fork  # noqa: F401
 
 # isort: split
 import asyncio.subprocess
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 import hivemind
 import psutil
@@ -23,9 +26,22 @@ from averaging.runtime import libp2p_sockets, make_runtime_dir, remove_libp2p_so
 
 
 class DHT(hivemind.DHT):  # type: ignore[misc]  # hivemind is untyped
-    """hivemind.DHT whose process and libp2p daemon die with their parents (stock ones stay behind)."""
+    """hivemind.DHT whose process and libp2p daemon die with their parents (stock ones stay behind).
+
+    Any thread may call it, with values of any size: what several threads say at once reaches the process one after the
+    other, and whole (stock: mixed up from 16 KiB on, cut off where the pipe is full; the process does not survive it).
+    """
 
     _p2pd: psutil.Process | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        lock, send = Lock(), self._outer_pipe.send
+
+        def send_whole(message: object) -> None:
+            with lock:
+                send(message)
+        self._outer_pipe.send = send_whole
 
     def run(self) -> None:
         """The child's main: as hivemind's, after tying our life, and p2pd's, to the parent's."""
@@ -34,6 +50,12 @@ class DHT(hivemind.DHT):  # type: ignore[misc]  # hivemind is untyped
         asyncio.subprocess.create_subprocess_exec = partial(
             asyncio.subprocess.create_subprocess_exec, preexec_fn=die_with_parent)
         mend_pending_calls()
+        receive = self._inner_pipe.recv
+
+        def receive_whole() -> Any:
+            os.set_blocking(self._inner_pipe.fileno(), True)  # uvloop, which watches it, has undone that
+            return receive()
+        self._inner_pipe.recv = receive_whole
         super().run()
 
     @property
