@@ -3,8 +3,10 @@
 Finding each other. Who leads is the first in the order of a hash, among those that a member knows of. All others Join;
 when all whom the leader expects are there, or given up, it Proposes the group, and everybody begins to average: two
 message delays. What members know of the swarm may differ: a leader takes in whoever joins while there is room, calls
-whoever has not joined, and gives way to a leader before it in the order that it hears of. While
-its leader has not answered, a member may enter the group of another whom it has joined: that leader may be lost.
+whoever has not joined, and gives way to a leader before it in the order that it hears of. Whoever has joined it goes
+there when it says so, or is silent: its proposal may be on its way, and who is called by one that comes back would be
+missed in it. While its leader has not answered, a member may enter the group of another whom it has joined: that
+leader may be lost.
 
 All or nothing. Votes (Complete) go to the leader; if all are yes it tells everybody to commit, and commits itself once
 one other has, which it hears by an echo. So no member commits unless every average was complete, and while the leader
@@ -484,10 +486,12 @@ class Round:
         elif not self._has_room_for(sender):
             self._say(sender, Late, taken=())
         elif self._rank(sender) < self._rank(self._leader) and self._may_follow(sender):
-            before = self._leader
-            self._move_to(sender)
-            if before != self._me.peer_id:
-                self._say(before, Elsewhere, leader=sender)
+            if self.stage is Stage.GATHERING:
+                self._move_to(sender)
+            else:  # whom it has joined counts on it, and is to say whether all go there
+                self._view.add(sender)
+                self._say(self._leader, Elsewhere, leader=sender)
+                self._say(sender, Elsewhere, leader=self._leader)
         else:
             self._say(sender, Elsewhere, leader=self._leader)
 

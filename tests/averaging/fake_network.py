@@ -51,7 +51,8 @@ class Peer:
 class FakeNetwork:
     """Runs a round among `members`. `fate(number, sender, receiver, message)` says what becomes of each message.
 
-    `at_step(number, peer)`: called after each step of a peer, and may crash or pause it.
+    `at_step(number, peer)`: called after each step of a peer, and may crash or pause it. `harsh`: a call fails whenever
+    an end of it is paused for a while; otherwise only where its answer is not read within answer_seconds.
     """
 
     def __init__(self, members: Sequence[Member], *, views: dict[str, Sequence[str]] | None = None, epoch: int = 0,
@@ -59,9 +60,10 @@ class FakeNetwork:
                  fate: Callable[[int, str, str, Message], Fate] = lambda *_: Fate(), bad: Iterable[str] = (),
                  at_step: Callable[["FakeNetwork", int, str], None] = lambda *_: None,
                  reducing: Callable[[str], float] = lambda _: REDUCING, clients: Sequence[str] = (),
-                 on_waking: Callable[[list[Callable[[], None]]], Iterable[Callable[[], None]]] = iter) -> None:
+                 on_waking: Callable[[list[Callable[[], None]]], Iterable[Callable[[], None]]] = iter,
+                 harsh: bool = True) -> None:
         self.now, self.round, self.bad = 0.0, RoundId("gradients", epoch), set(bad)
-        self.timing = timing
+        self.timing, self._harsh = timing, harsh
         self._order, self._queue = count(), list[tuple[float, int, Callable[[], None]]]()
         self._fate, self._at_step, self._reducing, self._on_waking = fate, at_step, reducing, on_waking
         self.messages: list[tuple[float, str, str, Message]] = []
@@ -174,12 +176,15 @@ class FakeNetwork:
 
     def _carry(self, number: int, sender: str, receiver: str, message: Message) -> None:
         fate = self._fate(number, sender, receiver, message)
-        stuck = max(0.0, self.peers[sender].paused_until - self.now)  # stopped before its messages left
+        stuck = self._stuck(sender)  # before its messages left
         if self.peers[sender].crashed:
             return
         in_time = self.timing.answer_seconds
         if isinstance(message, Ask | Tell) and (fate.lost or fate.delay > 0.1 or fate.ack_lost):
             self.resolve_failed = True
+        if not self._harsh:
+            self._call(sender, receiver, message, fate)
+            return
         for delay in [] if fate.lost else [fate.delay, fate.delay + fate.twice] if fate.twice else [fate.delay]:
             self._later(stuck + delay, lambda: self._at(receiver, lambda: self._deliver(sender, receiver, message)))
         if fate.lost or fate.delay > in_time or fate.ack_lost:
@@ -188,6 +193,36 @@ class FakeNetwork:
             self._later(stuck + fate.delay, lambda: self._acknowledge(sender, receiver, message))
         if stuck:  # its clock, too, goes on before it has read the answers
             self._fail(sender, receiver, message, stuck)
+
+    def _call(self, sender: str, receiver: str, message: Message, fate: Fate) -> None:
+        """Deliver it once both ends run; the sender, once it runs, looks at its clock before it reads the answer."""
+        deadline, stuck, has_ended = self.now + self.timing.answer_seconds, self._stuck(sender), []
+
+        def fail() -> None:
+            if not has_ended:
+                has_ended.append(True)
+                self._act(sender, self.peers[sender].machine.undelivered(receiver, message, self.now))
+
+        def answered() -> None:
+            fail() if self.now > deadline or fate.ack_lost else has_ended.append(True)
+
+        def arrive() -> None:
+            self._deliver(sender, receiver, message)
+            self._later(DELAY, lambda: self._at(sender, answered))
+
+        def reach() -> None:
+            if self.peers[receiver].crashed:
+                self._later(DELAY, lambda: self._at(sender, fail))
+            else:
+                self._at(receiver, arrive)
+
+        if not fate.lost:
+            self._later(stuck + fate.delay, reach)
+        self._later(self.timing.answer_seconds, lambda: self._at(sender, fail))
+
+    def _stuck(self, peer_id: str) -> float:
+        """Seconds until it goes on."""
+        return max(0.0, self.peers[peer_id].paused_until - self.now)
 
     def _acknowledge(self, sender: str, receiver: str, message: Message) -> None:
         if self.peers[sender].paused_until - self.now > self.timing.answer_seconds:
@@ -222,9 +257,12 @@ class FakeNetwork:
                 bad = tuple(self.bad.intersection(ids) - {other})
                 self._later(self._reducing(other), lambda other=other, bad=bad: self._averaged(
                     other, group_id, not self.bad.intersection(ids), bad))
-        missing = tuple(other for other in ids if other not in self.peers or self.peers[other].crashed
-                        or self.peers[other].paused_until > self.now)
-        self._later(CHUNK_TIMEOUT, lambda: self._averaged(peer_id, group_id, False, missing))
+        missing = self._absent(ids) if self._harsh else None
+        self._later(CHUNK_TIMEOUT, lambda: self._averaged(peer_id, group_id, False, tuple(
+            self._absent(ids) if missing is None else missing)))
+
+    def _absent(self, ids: Sequence[str]) -> list[str]:
+        return [peer for peer in ids if peer not in self.peers or self.peers[peer].crashed or self._stuck(peer)]
 
     def _averaged(self, peer_id: str, group_id: bytes, complete: bool, blamed: Sequence[str]) -> None:
         peer = self.peers[peer_id]

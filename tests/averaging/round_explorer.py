@@ -48,10 +48,13 @@ class World:
                      sorted(self.completed))).encode()
 
 
-def start(members: Sequence[Member], *, epoch: int, losses: int, crashes: int, lapses: int) -> World:
-    ids = [member.peer_id for member in members]
-    world = World({member.peer_id: Round(member, RoundId("gradients", epoch), ids, TIMING, 0.0, capacity=8)
-                   for member in members}, losses, crashes, lapses)
+def start(members: Sequence[Member], *, epoch: int, losses: int = 0, crashes: int = 0, lapses: int = 0,
+          unknown: str = "") -> World:
+    """Nobody but itself knows of the `unknown` one."""
+    world = World({}, losses, crashes, lapses)
+    for member in members:
+        group = [other.peer_id for other in members if member.peer_id == unknown or other.peer_id != unknown]
+        world.machines[member.peer_id] = Round(member, RoundId("gradients", epoch), group, TIMING, 0.0, capacity=8)
     for peer, machine in world.machines.items():
         world.act(peer, machine.start(0.0))
     return world

@@ -221,6 +221,47 @@ def test_views_that_differ_by_a_peer_end_in_one_group(count: int, epoch: int, ra
     assert committed(network) == [tuple(peers)]
 
 
+def test_who_has_joined_a_leader_goes_to_another_only_when_that_one_says_so() -> None:
+    """A proposal of the one whom it has joined may be on its way."""
+    for epoch in range(12):
+        ids = ["a", "b", "c"]
+        new, leader, me = by_rank(ids, epoch)
+        round = RoundId("gradients", epoch)
+        machine = Round(member(me), round, [leader], TIMING, 0.0, capacity=4)
+        machine.start(0.0)
+        actions = machine.received(new, Call(round, 0, new), 0.01)
+        assert actions == [Send(leader, Elsewhere(round, 0, new)), Send(new, Elsewhere(round, 0, leader))]
+        members = tuple(sorted((member(leader), member(me)), key=lambda one: one.peer_id))
+        proposal = Propose(round, 0, name_group(round, 0, 1, leader, members), 1, members)
+        assert kinds(machine.received(leader, Elsewhere(round, 0, new), 0.02)) == ["Join"]
+        assert kinds(machine.received(leader, proposal, 0.03)) == ["Average"]  # it had to lead after all
+
+
+def test_who_hears_of_a_better_leader_goes_there_when_its_own_is_silent() -> None:
+    new, leader, me = by_rank(["a", "b", "c"])
+    machine = Round(member(me), ROUND, [leader], TIMING, 0.0, capacity=4)
+    machine.start(0.0)
+    machine.received(new, Call(ROUND, 0, new), 0.01)
+    actions = [action for _ in range(5) for action in machine.tick(machine.deadline or 0.0)]
+    assert Send(new, Join(ROUND, 0, member(me))) in actions
+
+
+def test_whoever_comes_back_unknown_to_the_others_costs_none_of_them_the_round() -> None:
+    """It would lead, had they known of it; it comes, calls and is called at any moment."""
+    random, alone = Random(0), 0
+    for epoch in range(1000):
+        peers = ["p0", "p1", "p2", "p3"]
+        new = by_rank(peers, epoch)[0]
+        views = {peer: [other for other in peers if other != new or peer == new or random.random() < 0.15]
+                 for peer in peers}
+        network = sound(FakeNetwork(
+            swarm(4), views=views, epoch=epoch, arrivals={peer: random.uniform(0.0, 0.06) for peer in peers},
+            fate=lambda *_: Fate(delay=random.choice([0.001, 0.002, 0.005, 0.01, 0.02, 0.04]))).run())
+        assert [{*group} | {new} for group in committed(network)] == [{*peers}], epoch
+        alone += len(committed(network)[0]) == 3
+    assert 0 < alone < 500
+
+
 @settings(derandomize=True, max_examples=300, deadline=None)
 @given(st.integers(2, 6), st.integers(0, 9), st.integers(2, 6), st.randoms(use_true_random=False))
 def test_whatever_they_know_of_each_other_nobody_is_in_two_groups(count: int, epoch: int, capacity: int,
@@ -753,6 +794,30 @@ def test_every_order_of_events_with_these_faults_is_sound(count: int, losses: in
                 seen.add(key)
                 stack.append(successor)
     assert len(seen) >= states
+
+
+def test_in_every_order_of_events_an_unknown_leader_costs_the_others_nothing() -> None:
+    """All that can happen while nobody is silent for as long as it may be; once, its call comes before what is said."""
+    new, *others = by_rank(["p0", "p1", "p2"])
+    first = start(swarm(3), epoch=0, lapses=1, unknown=new)
+    seen, stack, ends = {first.key()}, [first], Counter[int]()
+    while stack:
+        world = stack.pop()
+        following = [after for after in successors(world)
+                     if after.now < TIMING.answer_seconds or not (world.under_way or world.reducing)]
+        check(world, is_over=not following)
+        if not following:
+            groups = {outcome.members for peer in others if (outcome := world.machines[peer].outcome)}
+            assert len(groups) == 1
+            members = {member.peer_id for member in groups.pop()}
+            assert members >= {*others}
+            ends[len(members)] += 1
+        for successor in following:
+            if (key := successor.key()) not in seen:
+                seen.add(key)
+                stack.append(successor)
+    assert len(seen) > 1000
+    assert ends.keys() == {2, 3}
 
 
 def check(world: World, *, is_over: bool) -> None:

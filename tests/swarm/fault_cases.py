@@ -150,11 +150,8 @@ def check_mean(brought: Sequence[dict[str, Any]], end: dict[str, Any], name: str
 
 
 def equal_from(survivors: Sequence[Peer], epoch: int) -> int:
-    """The first epoch after this one that all begin with equal parameters; so it stays, as long as it is watched.
-
-    What comes when the victim is back is another matter: that all are equal again then, `bring_back` has seen.
-    """
-    reached = min(epoch + WATCHED, *(peer.epoch for peer in survivors))
+    """The first epoch after this one that all begin with equal parameters; so it stays."""
+    reached = min(peer.epoch for peer in survivors)
     checksums = {at: {peer.checksum(at) for peer in survivors} for at in range(epoch + 1, reached + 1)}
     unequal = [at for at, found in checksums.items() if len(found) > 1 or None in found]
     first = max(unequal, default=epoch) + 1
