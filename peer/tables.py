@@ -13,8 +13,8 @@ from proto.peer_pb2 import PeerStatus
 from proto.swarm_pb2 import PeerRow, RoundCounts, SwarmSnapshot
 
 
-def swarm_table(swarm: SwarmSnapshot) -> Table:
-    """A coordinator's swarm: one row per live peer, by name."""
+def swarm_table(swarm: SwarmSnapshot) -> Group:
+    """A coordinator's swarm: one row per live peer, by name, and its sums."""
     loss = f", loss {swarm.loss:.4f}" if swarm.HasField("loss") else ""
     numbers = ("epoch", "samples/s", "loss", "group", "rounds", "seen")
     table = Table(
@@ -25,7 +25,27 @@ def swarm_table(swarm: SwarmSnapshot) -> Table:
         caption="rounds: of averaging, averaged/failed/alone", box=SIMPLE, padding=(0, 1, 0, 0))
     for peer in sorted(swarm.peers, key=lambda row: (row.name, row.peer_id)):
         table.add_row(*(_text(cell) for cell in _cells(peer)))
-    return table
+    return Group(table, *(_text(line) for line in _sums(swarm)))
+
+
+def _sums(swarm: SwarmSnapshot) -> list[str]:
+    took = f"; the last took {swarm.round_seconds:.1f} s (median)" if swarm.HasField("round_seconds") else ""
+    refused = swarm.refused
+    lines = [f"averaging rounds: {counts(swarm.rounds)}{took}",
+             f"contributions refused: {refused.value:,} for bad values, {refused.absent:,} gone or late, "
+             f"{refused.message:,} bad messages",
+             f"peers: {swarm.joins:,} joined, {swarm.departures.left:,} left, {swarm.departures.lost:,} lost"]
+    if swarm.HasField("archive"):
+        lines.append(f"newest checkpoint: {_archived(swarm)}")
+        lines += [f"archive: {swarm.archive.last_error}"] * bool(swarm.archive.last_error)
+    return lines
+
+
+def _archived(swarm: SwarmSnapshot) -> str:
+    kept = swarm.archive
+    if not kept.HasField("epoch"):
+        return "none yet"
+    return f"epoch {kept.epoch}, {max(0.0, swarm.time_seconds - kept.time_seconds):,.0f} s old"
 
 
 def _cells(peer: PeerRow) -> list[str]:
@@ -38,19 +58,20 @@ def _short(rounds: RoundCounts) -> str:
     return f"{rounds.averaged}/{rounds.failed}/{rounds.alone}"
 
 
-def peers_list(peers: Sequence[PeerStatus]) -> Group:
-    """This machine's peers, a paragraph each."""
+def peers_list(peers: Sequence[PeerStatus], now: float) -> Group:
+    """This machine's peers at `now` (Unix seconds), a paragraph each."""
     if not peers:
         return Group(Text("no peers of yours on this machine; `covey join LINK` starts one"))
-    return Group(*(_text(line) for peer in peers for line in _paragraph(peer)))
+    return Group(*(_text(line) for peer in peers for line in _paragraph(peer, now)))
 
 
-def _paragraph(peer: PeerStatus) -> list[str]:
-    step = peer.step
+def _paragraph(peer: PeerStatus, now: float) -> list[str]:
+    step, kept = peer.step, peer.checkpoint
+    age = f"of epoch {kept.epoch}, {now - kept.time_seconds:,.0f} s old" if peer.HasField("checkpoint") else "none"
     return [f"{peer.name}: {peer.state}, {peer.run_id}, pid {peer.daemon_pid}, {peer.worker_restarts} restarts",
             f"  epoch {step.epoch}, {step.samples_total:,} samples here, {step.samples_per_second:.1f} samples/s, "
             f"loss {step.loss:.4f}, {step.swarm_peers} peers, group of {peer.group_size}",
-            f"  averaging rounds: {counts(peer.rounds)}",
+            f"  averaging rounds: {counts(peer.rounds)}; newest checkpoint: {age}",
             f"  {peer.state_dir}", f"  {peer.metrics_url}"]
 
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -77,7 +78,7 @@ async def _swarm(link: Link, watch: bool) -> AsyncIterator[View]:
 async def _peers(watch: bool) -> AsyncIterator[View]:
     while True:
         peers = await local_peers()
-        yield {"peers": [plain(peer) for peer in peers]}, peers_list(peers)
+        yield {"peers": [plain(peer) for peer in peers]}, peers_list(peers, time.time())
         if not watch:
             return
         await asyncio.sleep(INTERVAL_SECONDS)

@@ -41,7 +41,7 @@ function layout(chart, drawn) {
 
 function figure(chart) {
   const [words, drawing] = [make("figcaption", { id: `${chart.id}-words` }),
-    make("div", { className: "chart", role: "img", ariaLabel: chart.title })];
+    make("div", { className: chart.bars ? "chart keyed" : "chart", role: "img", ariaLabel: chart.title })];
   drawing.setAttribute("aria-describedby", words.id);
   const whole = make("figure", { id: `chart-${chart.id}` }, make("h3", { textContent: chart.title }), drawing, words);
   return { whole, words, drawing };

@@ -8,7 +8,7 @@ from rich.console import Console, RenderableType
 from peer.plain import one_line, plain
 from peer.tables import peers_list, swarm_table
 from proto.peer_pb2 import PeerStatus
-from proto.swarm_pb2 import PeerRow, RoundCounts, SwarmSnapshot
+from proto.swarm_pb2 import Departures, PeerRow, Refusals, RoundCounts, SwarmSnapshot
 
 
 def shown(view: RenderableType) -> str:
@@ -28,10 +28,33 @@ def test_a_swarm_s_peers_are_rows_by_name() -> None:
     assert "5/1/0" in text
 
 
+def test_under_them_is_what_an_operator_asks_for_at_night() -> None:
+    swarm = SwarmSnapshot(time_seconds=1000.0, round_seconds=2.55, joins=23, refused=Refusals(value=3, absent=90),
+                          rounds=RoundCounts(averaged=5312, failed=90), departures=Departures(left=9, lost=4))
+    text = shown(swarm_table(swarm))
+    assert "averaging rounds: 5312 averaged, 90 failed, 0 alone; the last took 2.5 s (median)" in text
+    assert "contributions refused: 3 for bad values, 90 gone or late, 0 bad messages" in text
+    assert "peers: 23 joined, 9 left, 4 lost" in text
+    assert "checkpoint" not in text
+    swarm.archive.last_error = "disk: no space\x1b[2J"
+    assert "newest checkpoint: none yet" in shown(swarm_table(swarm))
+    swarm.archive.epoch, swarm.archive.time_seconds = 410, 863.0
+    text = shown(swarm_table(swarm))
+    assert "newest checkpoint: epoch 410, 137 s old" in text
+    assert "archive: disk: no space [2J" in text
+
+
+def test_a_peers_newest_checkpoint_is_told_with_its_age() -> None:
+    peer = PeerStatus(name="ada")
+    assert "newest checkpoint: none" in shown(peers_list([peer], now=1000.0))
+    peer.checkpoint.epoch, peer.checkpoint.time_seconds = 40, 880.0
+    assert "newest checkpoint: of epoch 40, 120 s old" in shown(peers_list([peer], now=1000.0))
+
+
 def test_a_name_cannot_act_on_the_terminal() -> None:
     name = "\x1b[31mred\x07\u202e[bold]bold[/]"
     for text in (shown(swarm_table(SwarmSnapshot(peers=[PeerRow(name=name)]))),
-                 shown(peers_list([PeerStatus(name=name)]))):
+                 shown(peers_list([PeerStatus(name=name)], now=0.0))):
         assert not set(text) & {"\x1b", "\x07", "\u202e"}
         assert "[bold]bold[/]" in text
 
@@ -41,7 +64,7 @@ def test_text_of_strangers_is_one_short_line() -> None:
 
 
 def test_no_peers_are_said_to_be_none() -> None:
-    assert "no peers of yours" in shown(peers_list([]))
+    assert "no peers of yours" in shown(peers_list([], now=0.0))
 
 
 def test_messages_become_json_with_numbers_as_numbers() -> None:
