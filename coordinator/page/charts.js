@@ -26,6 +26,8 @@ function traces(chart, history, target) {
 }
 
 function layout(chart, drawn) {
+  const most = Math.max(...drawn.flatMap(({ y }) => y).filter((value) => value !== null));
+  const dtick = (chart.whole || chart.bars) && most < 6 ? 1 : null; // no half peers
   const axis = { gridcolor: colour("line"), linecolor: colour("line"), zeroline: false, fixedrange: true,
     automargin: true };
   return { autosize: true, margin: { l: 44, r: 8, t: 8, b: 28 }, paper_bgcolor: "transparent",
@@ -35,7 +37,7 @@ function layout(chart, drawn) {
     barmode: "stack", bargap: 0.15, dragmode: false, hovermode: "x unified", uirevision: "kept",
     hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), font: { color: colour("ink") } },
     xaxis: { ...axis, type: chart.axis === "time" ? "date" : "linear", nticks: 5, tickangle: 0 },
-    yaxis: { ...axis, rangemode: chart.amounts || chart.bars ? "tozero" : "normal", nticks: 6,
+    yaxis: { ...axis, rangemode: chart.amounts || chart.bars ? "tozero" : "normal", nticks: 6, dtick,
       tickformat: chart.ticks ?? "" } };
 }
 
@@ -56,10 +58,11 @@ export function charts(container, missing) {
   const draw = (past, swarm) => {
     last = [past, swarm];
     const history = { ...past, evaluations: evaluations(swarm.archive) };
-    for (const { chart, words, drawing } of figures) {
+    for (const { chart, whole, words, drawing } of figures) {
       const said = inWords(chart, history);
       setText(words, said || (typeof chart.empty === "function" ? chart.empty(swarm) : chart.empty));
       drawing.hidden = !said || !loaded;
+      whole.classList.toggle("empty", !said); // after those that have something to show
       if (drawing.hidden) continue;
       const drawn = traces(chart, history, swarm.target_group_size);
       globalThis.Plotly.react(drawing, drawn, layout(chart, drawn), { displayModeBar: false, responsive: true });

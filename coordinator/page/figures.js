@@ -57,7 +57,7 @@ function toNextEpoch(swarm) {
 function newestCheckpoint({ archive, time_seconds: now }) {
   if (!archive) return ["–", "this coordinator keeps none"];
   if (archive.epoch === null) return ["–", "none is kept yet"];
-  return [`${duration(Math.max(0, now - archive.time_seconds))} ago`, `epoch ${count(archive.epoch)}`];
+  return [duration(Math.max(0, now - archive.time_seconds)), `epoch ${count(archive.epoch)}`];
 }
 
 export function showTiles(list, swarm) {
@@ -74,7 +74,7 @@ export function showTiles(list, swarm) {
     swarm.group_size ? `of at most ${count(swarm.target_group_size)}` : "known after the first round");
   tile(list, "Round duration", span(swarm.round_seconds),
     swarm.round_seconds === null ? "known after the first round" : "median of the peers' last");
-  tile(list, "Checkpoint", ...newestCheckpoint(swarm));
+  tile(list, "Checkpoint's age", ...newestCheckpoint(swarm));
   if (swarm.consensus_distance !== null) {
     tile(list, "Consensus distance", swarm.consensus_distance.toPrecision(3), "between peers' parameters");
   }

@@ -9,9 +9,9 @@ export function showRounds({ rounds, refused, churn, "rounds-empty": empty, sinc
   tile(rounds, "Averaged", count(averaged), "with others");
   tile(rounds, "Failed", count(failed), "given up");
   tile(rounds, "Alone", count(alone), "nobody else was there");
-  tile(refused, "Bad values", count(swarm.refused.value), "not finite, or misshapen");
-  tile(refused, "Gone or late", count(swarm.refused.absent), "their senders vanished");
-  tile(refused, "Bad messages", count(swarm.refused.message), "forged, or out of place");
+  tile(refused, "Values", count(swarm.refused.value), "not finite, or misshapen");
+  tile(refused, "Absent", count(swarm.refused.absent), "sender gone, or late");
+  tile(refused, "Messages", count(swarm.refused.message), "forged, or out of place");
   tile(churn, "Joined", count(swarm.joins), "came, or came back");
   tile(churn, "Left", count(swarm.departures.left), "said so");
   tile(churn, "Lost", count(swarm.departures.lost), "fell silent");

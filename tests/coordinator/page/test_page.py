@@ -31,14 +31,14 @@ def test_the_figures_are_those_of_the_json(tab: Tab, lively_site: Site) -> None:
         "Failed": f"{swarm['rounds']['failed']:,}", "Alone": f"{swarm['rounds']['alone']:,}",
         "Joined": str(swarm["joins"]), "Left": str(swarm["departures"]["left"]),
         "Lost": str(swarm["departures"]["lost"]), "Round duration": f"{swarm['round_seconds']:.1f} s",
-        "Checkpoint": "2 min 17 s ago",
-        "Bad values": f"{swarm['refused']['value']:,}", "Gone or late": f"{swarm['refused']['absent']:,}",
-        "Bad messages": f"{swarm['refused']['message']:,}"}
+        "Checkpoint's age": "2 min 17 s",
+        "Values": f"{swarm['refused']['value']:,}", "Absent": f"{swarm['refused']['absent']:,}",
+        "Messages": f"{swarm['refused']['message']:,}"}
     assert all(float(text.split()[0].replace(",", "")) > 0 for text in shown.values() if text[0] != "i")
     since = datetime.fromtimestamp(swarm["since_seconds"]).strftime("%Y-%m-%d %H:%M")  # local, as on the page
     assert tab.text("#since") == f"Since {since}. "
     assert swarm["time_seconds"] - swarm["archive"]["time_seconds"] == 137
-    assert tab.js(TILES)["Checkpoint"][1] == f"epoch {swarm['archive']['epoch']}"
+    assert tab.js(TILES)["Checkpoint's age"][1] == f"epoch {swarm['archive']['epoch']}"
     assert tab.js(TILES)["Next epoch"][1] == f"{swarm['epoch_samples']:,} of 65,536 samples"
     assert f"of at most {swarm['target_group_size']}" in tab.text("#tiles")
     assert [row[0] for row in tab.js(ROWS)] == sorted(peer["name"] for peer in swarm["peers"])
@@ -157,8 +157,19 @@ def test_an_empty_archive_says_what_is_missing(tab: Tab, site: Site) -> None:
     site.archive = Archive()
     tab.open(site.url)
     tab.wait("document.querySelector('#chart-evaluation figcaption')?.innerText", "the history")
-    assert tab.js(TILES)["Checkpoint"] == ["–", "none is kept yet"]
+    assert tab.js(TILES)["Checkpoint's age"] == ["–", "none is kept yet"]
     assert tab.text("#chart-evaluation figcaption") == "No checkpoint has been evaluated yet."
+    tab.wait(DRAWN, "the charts")
+    tops = tab.js("['evaluation', 'refused'].map((id) => document.getElementById(`chart-${id}`).offsetTop)")
+    assert tops[0] >= tops[1]  # an empty one leaves no hole between the others
+
+
+def test_small_counts_have_no_halves_on_their_axes(tab: Tab, site: Site) -> None:
+    tab.open(site.url)
+    tab.wait(DRAWN, "the charts")
+    for name, labels in (("peers", ["0", "1", "2"]), ("group", ["0", "1", "2"])):
+        assert tab.js(f"[...document.querySelectorAll('#chart-{name} .ytick')].map((tick) => tick.textContent)"
+                      ) == labels
 
 
 def test_figures_of_a_classifier_are_drawn_and_said(tab: Tab, site: Site) -> None:
