@@ -19,6 +19,11 @@ def bans_words(bans: bytes) -> bytes:
     return _words("covey bans 1", bans)
 
 
+def contribution_words(contribution: bytes) -> bytes:
+    """Signed by the authority: what a volunteer is credited with."""
+    return _words("covey contribution 1", contribution)
+
+
 def _words(*parts: str | bytes) -> bytes:
     """Each with its length before it, so that no two lists of parts give the same bytes."""
     encoded = [part.encode() if isinstance(part, str) else part for part in parts]

@@ -47,6 +47,7 @@ class Member:
     fingerprint: bytes                              # of its state
     layout: Layout                                  # NOTHING of an auxiliary
     statement: bytes                                # signed; opaque here, travels with the proposal
+    samples: int = 0                                # that went into what it brings; capped as the weight is
 
 
 @dataclass(frozen=True)

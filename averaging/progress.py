@@ -14,6 +14,7 @@ from hivemind.utils.crypto import RSAPrivateKey
 
 from averaging.ban_records import BanValidator
 from averaging.identity import peer_id_of
+from averaging.receipt_records import ReceiptValidator
 from averaging.records import ARCHIVING, PEER_STATES, PeerRecord, Refusals, Rounds, RoundSeconds
 
 count = pydantic.conint(strict=True, ge=0, lt=2**63)
@@ -85,7 +86,8 @@ def record_validators(run_id: str, key: RSAPrivateKey, authority: bytes = b"") -
 
     `key` is the node's own, by which its records are signed; `authority` the authority's public key, if there is one.
     """
-    return [SchemaValidator(PeersSchema, prefix=run_id), RSASignatureValidator(key), BanValidator(authority, run_id)]
+    return [SchemaValidator(PeersSchema, prefix=run_id), RSASignatureValidator(key), BanValidator(authority, run_id),
+            ReceiptValidator(run_id)]
 
 
 def publish_record(dht: DHT, run_id: str, key: RSAPrivateKey, record: PeerRecord, *,

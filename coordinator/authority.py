@@ -18,7 +18,8 @@ from averaging.authorisation import issue_token
 from averaging.bans import BanFile
 from averaging.dht import open_identity
 from averaging.identity import is_signed, peer_id_of
-from averaging.membership import bans_words, enrolment_words, experiment_words
+from averaging.membership import bans_words, contribution_words, enrolment_words, experiment_words
+from coordinator.credit_ledger import CreditLedger
 from coordinator.facts import BanFact, Facts
 from coordinator.ledger import Ledger
 from coordinator.members import Invite, Member
@@ -67,8 +68,9 @@ class Authority:
         self.public_key: bytes = self._key.get_public_key().to_bytes()
         self.failures: Counter[str] = Counter()
         self.ledger = Ledger(folder / "ledger.sqlite")
+        self.credits = CreditLedger(folder / "credits.sqlite")
         self.ban_file = BanFile(folder / "bans", self.public_key, run_id)
-        self._run_id, self.is_open, self._token_seconds, self._clock = run_id, is_open, token_seconds, clock
+        self.run_id, self.is_open, self._token_seconds, self._clock = run_id, is_open, token_seconds, clock
         if not self.ledger.invites():
             self.create_invite(FIRST_INVITE)
         self.tend_bans()  # it may have ended between an order and its signature
@@ -128,16 +130,21 @@ class Authority:
 
     def issue(self, public_key: bytes, name: str, expires: float) -> bytes:
         """A token for the holder of the key; ValueError if it is none."""
-        return issue_token(self._key, run_id=self._run_id, public_key=public_key, name=name,
+        return issue_token(self._key, run_id=self.run_id, public_key=public_key, name=name,
                            expires=datetime.fromtimestamp(expires, UTC))
 
     def sign_experiment(self, document: bytes) -> bytes:
         """The authority's signature of it."""
-        return bytes(self._key.sign(experiment_words(self._run_id, document)))
+        return bytes(self._key.sign(experiment_words(self.run_id, document)))
+
+    def sign_contribution(self, contribution: bytes) -> bytes:
+        """The authority's signature of it."""
+        return bytes(self._key.sign(contribution_words(contribution)))
 
     def close(self) -> None:
-        """Let go of the ledger."""
+        """Let go of the ledgers."""
         self.ledger.close()
+        self.credits.close()
 
     # -- invites --
 
@@ -204,7 +211,7 @@ class Authority:
         serial = self.ledger.next_serial(now, self.ban_file.newest().bans.serial)
         orders = sorted(self.ledger.facts().bans.values(), key=lambda order: order.peer_id)
         banned, lifted = ([order for order in orders if order.banned is wanted] for wanted in (True, False))
-        bans = Bans(run_id=self._run_id, serial=serial, expires=now + BANS_SECONDS,
+        bans = Bans(run_id=self.run_id, serial=serial, expires=now + BANS_SECONDS,
                     peer_ids=[order.peer_id for order in banned], times=[order.time for order in banned],
                     lifted=[order.peer_id for order in lifted], lifted_times=[order.time for order in lifted])
         words = bans.SerializeToString()

@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 
 from averaging.records import PeerRecord
 from coordinator.history import remember
@@ -11,6 +12,11 @@ from coordinator.past import Past, PastFile
 from coordinator.swarm import SwarmState, observe
 
 logger = logging.getLogger("covey.coordinator")
+
+
+def under_enrolled_names(records: Iterable[PeerRecord], names: Mapping[str, str]) -> list[PeerRecord]:
+    """The records, of members with the names that they enrolled with: a record may say any."""
+    return [replace(record, name=names.get(record.peer_id, record.name)) for record in records]
 
 
 class SwarmFollower:

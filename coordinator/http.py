@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 
 from coordinator.archive import Archive
 from coordinator.connections import Connection
+from coordinator.credit_ledger import Leaderboard
 from coordinator.events import NO_STORE, Feed, events
 from coordinator.history import History, columns
 from coordinator.page.assets import answer, asset, content_security_policy, document, static_files
@@ -33,11 +34,12 @@ UNACKNOWLEDGED_SECONDS = 20  # that a client may take nothing of what was sent t
 
 def coordinator_app(state: Callable[[], SwarmState], about: About, registry: CollectorRegistry, *,
                     history: Callable[[], History], feed: Feed, clock: Callable[[], float] = time.time,
-                    archive: Callable[[], Archive | None] = lambda: None) -> ASGIApp:
+                    archive: Callable[[], Archive | None] = lambda: None,
+                    leaderboard: Callable[[], Leaderboard] = Leaderboard) -> ASGIApp:
     """The page and what it reads, `/metrics` and `/healthz`; read-only. `clock` gives Unix seconds."""
 
     async def swarm(request: Request) -> Response:
-        return JSONResponse(swarm_json(state(), about, clock(), archive()), headers=NO_STORE)
+        return JSONResponse(swarm_json(state(), about, clock(), archive(), leaderboard()), headers=NO_STORE)
 
     async def healthz(request: Request) -> Response:
         if is_fresh(state(), clock()):

@@ -145,6 +145,10 @@ class Ledger:
         """All, by name."""
         return sorted(members_of(self.facts()), key=lambda member: member.name)
 
+    def names(self) -> dict[str, str]:
+        """Of all members, by peer id."""
+        return {member.peer_id: member.name for member in members_of(self.facts())}
+
     def find_member(self, peer: str) -> Member | None:
         """The one with this peer id, or else this name."""
         found = list(members_of(self.facts()))

@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from averaging.records import PEER_MODES, PEER_STATES
 from coordinator.archive import STAGES, Archive
+from coordinator.credit_ledger import Leaderboard
 from coordinator.swarm import Counters, SwarmState
 from coordinator.view import About, is_fresh
 
@@ -31,9 +32,10 @@ class SwarmCollector(Collector):
     """
 
     def __init__(self, state: Callable[[], SwarmState], about: About, failures: Mapping[str, int], *,
-                 archive: Callable[[], Archive | None], clock: Callable[[], float], before: SwarmState) -> None:
+                 archive: Callable[[], Archive | None], clock: Callable[[], float], before: SwarmState,
+                 leaderboard: Callable[[], Leaderboard]) -> None:
         self.state, self.about, self.failures, self.archive, self.clock = state, about, failures, archive, clock
-        self.before = before
+        self.before, self.leaderboard = before, leaderboard
 
     def collect(self) -> Iterator[Metric]:
         """One scrape."""
@@ -46,6 +48,7 @@ class SwarmCollector(Collector):
         yield _failures(self.failures)
         if archive := self.archive():
             yield from _archive(archive)
+        yield from _credits(self.leaderboard())
         if is_fresh(state, self.clock()):
             yield from _gauges(state)
 
@@ -53,13 +56,15 @@ class SwarmCollector(Collector):
 def coordinator_registry(state: Callable[[], SwarmState], about: About, clock: Callable[[], float] = time.time, *,
                          failures: Mapping[str, int] = MappingProxyType({}),
                          archive: Callable[[], Archive | None] = lambda: None,
-                         before: SwarmState = ANEW) -> CollectorRegistry:
+                         before: SwarmState = ANEW,
+                         leaderboard: Callable[[], Leaderboard] = Leaderboard) -> CollectorRegistry:
     """A registry of its own with the swarm's metrics; `clock` gives Unix seconds, `failures` who was not let in.
 
     `before` is the state that the process began with.
     """
     registry = CollectorRegistry()
-    registry.register(SwarmCollector(state, about, failures, archive=archive, clock=clock, before=before))
+    registry.register(SwarmCollector(state, about, failures, archive=archive, clock=clock, before=before,
+                                     leaderboard=leaderboard))
     return registry
 
 
@@ -84,6 +89,13 @@ def _archive(archive: Archive) -> Iterator[Metric]:
     for name, value in (archive.evaluations[-1].figures if archive.evaluations else {}).items():
         if name in FIGURES:
             yield _gauge(f"covey_{name}", FIGURES[name], value)
+
+
+def _credits(leaderboard: Leaderboard) -> Iterator[Metric]:
+    yield _gauge("covey_credited_samples", "Samples in completed rounds that volunteers are credited with, over all "
+                 "time.", leaderboard.samples)
+    yield _gauge("covey_flagged_claims", "Epochs in which a volunteer claimed more samples than its group saw, over "
+                 "all time.", leaderboard.flagged)
 
 
 def _churn(before: SwarmState, state: SwarmState) -> Iterator[Metric]:

@@ -16,6 +16,8 @@ from averaging.ban_records import keep_bans, publish_bans
 from averaging.dht import DHT, open_identity, start_dht
 from averaging.known_peers import recall_peers, remember_peers
 from averaging.progress import read_records, record_validators
+from averaging.receipt_records import read_receipts
+from averaging.receipts import Receipt
 from averaging.records import PeerRecord
 from coordinator.authority import TOKEN_SECONDS, Authority
 from coordinator.ports import multiaddress
@@ -35,6 +37,7 @@ class Node:
     peer_id: str
     addresses: list[str]  # multiaddresses to reach it by
     read: Callable[[], list[PeerRecord]]
+    read_receipts: Callable[[], dict[str, tuple[Receipt, ...]]]  # by peer id; or raises
     is_alive: Callable[[], bool]
     publish_bans: Callable[[], None]  # tell the DHT of the authority's list; returns at once
     remember: Callable[[Iterable[str]], None]
@@ -64,7 +67,8 @@ def running_node(run_id: str, authority: Authority, folder: Path, *, host: str, 
     Thread(target=keep_bans, args=(dht, run_id, authority.ban_file, over), name="bans", daemon=True).start()
     try:
         yield Node(str(dht.peer_id), [str(address) for address in dht.get_visible_maddrs()],
-                   partial(read_records, dht, run_id, timeout=READ_SECONDS), _watch(),
+                   partial(read_records, dht, run_id, timeout=READ_SECONDS), partial(read_receipts, dht, run_id),
+                   _watch(),
                    partial(publish_bans, dht, run_id, authority.ban_file), partial(remember_peers, known_peers))
     finally:
         over.set()

@@ -6,7 +6,7 @@ import logging
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from averaging.version import VERSION
 from coordinator.admin import AdminService, admin_token, serve_admin
 from coordinator.admin_socket import admin_socket
 from coordinator.authority import Authority
+from coordinator.crediting import Crediting
 from coordinator.events import Feed
-from coordinator.follow import SwarmFollower
+from coordinator.follow import SwarmFollower, under_enrolled_names
 from coordinator.http import coordinator_app, serve_http
 from coordinator.link import Link, bracketed
 from coordinator.metrics import coordinator_registry
@@ -45,11 +46,18 @@ async def serve(experiment: Experiment, authority: Authority, certificate: Certi
                 host: str, link_host: str, grpc_port: int, http_port: int, json_output: bool) -> None:
     """Until the first SIGTERM or SIGINT. Raises BadInput if a port was taken meanwhile."""
     stop, run = _stop_event(), run_id(experiment)
-    follower = SwarmFollower(node.read, stale_seconds=experiment.averaging.report_progress_expiration,
-                             banned=lambda: authority.ban_file.newest().peer_ids,
+    names, averaging = authority.ledger.names, experiment.averaging
+
+    def banned() -> Collection[str]:
+        return authority.ban_file.newest().peer_ids
+
+    follower = SwarmFollower(lambda: under_enrolled_names(node.read(), names()), banned=banned,
+                             stale_seconds=averaging.report_progress_expiration,
                              past_file=PastFile(folder / "past.json"))
     before = follower.state
     await follower.refresh()
+    crediting = Crediting(node.read_receipts, authority.credits, names=names, banned=banned,
+                          most_samples=averaging.target_batch_size)
     server, grpc_port = bind_grpc(host, grpc_port, certificate)
 
     def link(invite: str) -> str:
@@ -57,11 +65,13 @@ async def serve(experiment: Experiment, authority: Authority, certificate: Certi
 
     async with AsyncExitStack() as stack:
         stack.push_async_callback(server.stop, GRACE_SECONDS)
-        about = About(run, link("" if authority.is_open else INVITE), VERSION, experiment.averaging.target_batch_size,
-                      experiment.averaging.target_group_size, AVERAGED[experiment.averaging.strategy])
-        feed = Feed(_newest(follower, about))
-        registry = coordinator_registry(lambda: follower.state, about, failures=authority.failures, before=before)
-        app = coordinator_app(lambda: follower.state, about, registry, history=lambda: follower.history, feed=feed)
+        about = About(run, link("" if authority.is_open else INVITE), VERSION, averaging.target_batch_size,
+                      averaging.target_group_size, AVERAGED[averaging.strategy])
+        feed = Feed(_newest(follower, about, crediting))
+        registry = coordinator_registry(lambda: follower.state, about, failures=authority.failures, before=before,
+                                        leaderboard=lambda: crediting.leaderboard)
+        app = coordinator_app(lambda: follower.state, about, registry, history=lambda: follower.history, feed=feed,
+                              leaderboard=lambda: crediting.leaderboard)
         http_port = await stack.enter_async_context(serve_http(app, host, http_port))
         stack.callback(feed.close)  # before the server, which waits for open requests
         url = f"http://{bracketed(link_host)}:{http_port}"
@@ -69,13 +79,15 @@ async def serve(experiment: Experiment, authority: Authority, certificate: Certi
         add_AdminServicer_to_server(AdminService(authority, link, node.publish_bans, admin_token(folder)), server)
         await start_grpc(server, CoordinatorService(
             authority, lambda: _with_addresses(offer, authority, node.addresses, follower.state), VERSION,
-            lambda: SwarmSnapshot(**view(follower.state, about))))
+            lambda: SwarmSnapshot(**view(follower.state, about, leaderboard=crediting.leaderboard)),
+            lambda: crediting.leaderboard))
         await stack.enter_async_context(serve_admin(
             AdminService(authority, link, node.publish_bans), admin_socket(folder)))
         invite = "" if authority.is_open else authority.invite_to_show
         _announce(None if invite is None else link(invite), url, node.peer_id, folder, json_output)
         stack.callback(follower.keep)
-        await _follow(follower, authority, node, stop, lambda: feed.publish(_newest(follower, about)))
+        stack.callback(asyncio.create_task(crediting.keep()).cancel)
+        await _follow(follower, authority, node, stop, lambda: feed.publish(_newest(follower, about, crediting)))
         logger.info("stopping")
 
 
@@ -112,8 +124,8 @@ def _stop_event() -> asyncio.Event:
     return stop
 
 
-def _newest(follower: SwarmFollower, about: About) -> dict[str, Any]:
-    return swarm_json(follower.state, about, time.time())
+def _newest(follower: SwarmFollower, about: About, crediting: Crediting) -> dict[str, Any]:
+    return swarm_json(follower.state, about, time.time(), leaderboard=crediting.leaderboard)
 
 
 async def _follow(follower: SwarmFollower, authority: Authority, node: Node, stop: asyncio.Event,

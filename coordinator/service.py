@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import sqlite3
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -13,12 +14,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from coordinator.authority import Authority, Denied
+from coordinator.credit_ledger import Leaderboard
+from coordinator.crediting import contribution
 from coordinator.limits import Limit, address_of
 from coordinator.link import bracketed
 from coordinator.ports import port_taken
 from coordinator.tls import Certificate
 from proto import coordinator_pb2, coordinator_pb2_grpc
-from proto.coordinator_pb2 import EnrolReply, EnrolRequest, WatchRequest
+from proto.coordinator_pb2 import CreditsRequest, EnrolReply, EnrolRequest, SignedContribution, WatchRequest
 from proto.swarm_pb2 import SwarmSnapshot
 
 Context = aio.ServicerContext[Any, Any]
@@ -26,6 +29,7 @@ Context = aio.ServicerContext[Any, Any]
 SERVICE = coordinator_pb2.DESCRIPTOR.services_by_name["Coordinator"].full_name
 SHORTEST_INTERVAL, LONGEST_INTERVAL = 0.2, 3600.0  # seconds between two snapshots
 ENROLMENTS = 5.0, 100 # of one address: per second, and at once
+QUESTIONS = 5.0, 100   # likewise of credits; to sign an answer takes a millisecond
 WATCHERS = 64         # of one address at a time
 OPTIONS = (
     ("grpc.so_reuseport", 0),  # or a second coordinator would silently share the port
@@ -41,14 +45,16 @@ log = logging.getLogger("covey.coordinator")
 
 class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
     """Lets volunteers of version `version` in by `authority`, and shows `snapshot()` to those who watch.
+    `leaderboard()`: who is credited with what.
 
     `offer()` is what all who are let in get: the experiment, and where the swarm is now.
     """
 
     def __init__(self, authority: Authority, offer: Callable[[], EnrolReply], version: str,
-                 snapshot: Callable[[], SwarmSnapshot]) -> None:
+                 snapshot: Callable[[], SwarmSnapshot], leaderboard: Callable[[], Leaderboard] = Leaderboard) -> None:
         self.authority, self.offer, self.version, self.snapshot = authority, offer, version, snapshot
-        self._enrolments, self._watchers = Limit(*ENROLMENTS), Counter[str]()
+        self.leaderboard = leaderboard
+        self._enrolments, self._questions, self._watchers = Limit(*ENROLMENTS), Limit(*QUESTIONS), Counter[str]()
 
     async def Enrol(self, request: EnrolRequest, context: Context) -> EnrolReply:
         """NOT_FOUND: another run. FAILED_PRECONDITION: another version, or a wrong clock. INVALID_ARGUMENT: a bad name
@@ -81,6 +87,21 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
                                 " Try again later, or tell the operator.")
         offer.name, offer.token, offer.token_expires = grant.name, grant.token, grant.expires
         return offer
+
+    async def Credits(self, request: CreditsRequest, context: Context) -> SignedContribution:
+        """NOT_FOUND: nobody has enrolled with that peer id. RESOURCE_EXHAUSTED: too often."""
+        if not self._questions.allows(address_of(context.peer())):
+            self.authority.failures["rate"] += 1
+            await context.abort(StatusCode.RESOURCE_EXHAUSTED, "too many questions from one address; expected "
+                                f"{QUESTIONS[0]:g} a second. Try again in a minute.")
+        member = await asyncio.to_thread(self.authority.ledger.find_member, request.peer_id)
+        if member is None or member.peer_id != request.peer_id:
+            await context.abort(StatusCode.NOT_FOUND, f"peer id {request.peer_id[:64]!r}; expected a member's. Join "
+                                "first.")
+        told = contribution(self.leaderboard(), member.peer_id, member.name, self.authority.run_id,
+                            time.time()).SerializeToString()
+        return SignedContribution(contribution=told, signature=await asyncio.to_thread(
+            self.authority.sign_contribution, told))
 
     async def Watch(self, request: WatchRequest, context: Context) -> AsyncIterator[SwarmSnapshot]:
         """INVALID_ARGUMENT: an interval that is neither 0 nor within the limits. RESOURCE_EXHAUSTED: too many."""

@@ -1,14 +1,18 @@
 """One view of the swarm for all who look: the gRPC snapshot, the JSON and the page have equal figures."""
 
 from dataclasses import asdict, dataclass
+from itertools import islice
 from math import isfinite
 from typing import Any
 
 from coordinator.archive import Archive, archive_view
+from coordinator.credit_ledger import Leaderboard
 from coordinator.swarm import Peer, SwarmState
 
 INVITE = "INVITE"  # in a link for all to see, where one's own has to stand
+MOST_ROWS = 50     # of the leaderboard
 FRESH_SECONDS = 30.0  # older readings tell nothing of the swarm as it is
+NOBODY = Leaderboard()
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ def is_fresh(state: SwarmState, now: float) -> bool:
     return now - state.time <= FRESH_SECONDS
 
 
-def view(state: SwarmState, about: About, archive: Archive | None = None) -> dict[str, Any]:
+def view(state: SwarmState, about: About, archive: Archive | None = None, leaderboard: Leaderboard = NOBODY
+         ) -> dict[str, Any]:
     """The fields of `covey.v1.SwarmSnapshot`, by name."""
     return {
         "run_id": about.run_id,
@@ -51,12 +56,16 @@ def view(state: SwarmState, about: About, archive: Archive | None = None) -> dic
         "joins": state.joins,
         "departures": {"left": state.left, "lost": state.lost},
         "archive": archive_view(archive),
+        "leaderboard": [asdict(row) for row in islice(leaderboard.rows.values(), MOST_ROWS)],
+        "credited_samples": leaderboard.samples,
+        "flagged_claims": leaderboard.flagged,
     }
 
 
-def swarm_json(state: SwarmState, about: About, now: float, archive: Archive | None = None) -> dict[str, Any]:
+def swarm_json(state: SwarmState, about: About, now: float, archive: Archive | None = None,
+               leaderboard: Leaderboard = NOBODY) -> dict[str, Any]:
     """What `/api/swarm` and the page tell at `now` (Unix seconds): the view, and what one makes of it."""
-    return {**view(state, about, archive), "link": about.link, "fresh": is_fresh(state, now),
+    return {**view(state, about, archive, leaderboard), "link": about.link, "fresh": is_fresh(state, now),
             "seconds_to_next_epoch": seconds_to_next_epoch(state, about.target_batch_size)}
 
 

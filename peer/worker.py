@@ -28,6 +28,7 @@ from averaging.experiment import Experiment, parse
 from averaging.known_peers import recall_peers
 from averaging.process import die_with_parent
 from averaging.progress import record_validators
+from averaging.receipt_records import ReceiptBook
 from averaging.records import PeerRecord
 from averaging.strategies.assist import assist
 from averaging.strategies.open import open_strategy
@@ -95,8 +96,9 @@ def take_part(job: Job, events: EventWriter) -> None:
     try:
         bulletin = Bulletin(dht, job.run_id, key, first_record(dht, config), experiment.averaging,
                             is_banned=bans.is_banned)
+        receipts = ReceiptBook(dht, job.run_id, key)
         swarm = Swarm(dht=dht, run_id=job.run_id, key=key, config=experiment.averaging, bulletin=bulletin,
-                      client_mode=config.client_mode, auxiliary=config.auxiliary, authoriser=member)
+                      client_mode=config.client_mode, auxiliary=config.auxiliary, authoriser=member, receipts=receipts)
         threading.Thread(target=keep_bans, args=(dht, job.run_id, bans, over), name="bans", daemon=True).start()
         try:
             telemetry = Telemetry(events, bulletin, config.known_peers,
@@ -106,6 +108,7 @@ def take_part(job: Job, events: EventWriter) -> None:
         finally:
             over.set()
             swarm.close()
+            receipts.close()
             bulletin.close()
         events.send(WorkerEvent(finished=finished))
     finally:

@@ -46,6 +46,11 @@ class CoordinatorStub:
                 request_serializer=proto_dot_coordinator__pb2.WatchRequest.SerializeToString,
                 response_deserializer=proto_dot_swarm__pb2.SwarmSnapshot.FromString,
                 _registered_method=True)
+        self.Credits = channel.unary_unary(
+                '/covey.v1.Coordinator/Credits',
+                request_serializer=proto_dot_coordinator__pb2.CreditsRequest.SerializeToString,
+                response_deserializer=proto_dot_coordinator__pb2.SignedContribution.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServicer:
@@ -67,6 +72,13 @@ class CoordinatorServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Credits(self, request, context):
+        """What a volunteer is credited with, signed. NOT_FOUND: no member has that peer id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -79,6 +91,11 @@ def add_CoordinatorServicer_to_server(servicer, server):
                     servicer.Watch,
                     request_deserializer=proto_dot_coordinator__pb2.WatchRequest.FromString,
                     response_serializer=proto_dot_swarm__pb2.SwarmSnapshot.SerializeToString,
+            ),
+            'Credits': grpc.unary_unary_rpc_method_handler(
+                    servicer.Credits,
+                    request_deserializer=proto_dot_coordinator__pb2.CreditsRequest.FromString,
+                    response_serializer=proto_dot_coordinator__pb2.SignedContribution.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -136,6 +153,33 @@ class Coordinator:
             '/covey.v1.Coordinator/Watch',
             proto_dot_coordinator__pb2.WatchRequest.SerializeToString,
             proto_dot_swarm__pb2.SwarmSnapshot.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Credits(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/covey.v1.Coordinator/Credits',
+            proto_dot_coordinator__pb2.CreditsRequest.SerializeToString,
+            proto_dot_coordinator__pb2.SignedContribution.FromString,
             options,
             channel_credentials,
             insecure,

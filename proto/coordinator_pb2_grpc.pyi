@@ -40,6 +40,8 @@ class CoordinatorStub:
     """
     Watch: _grpc.UnaryStreamMultiCallable[_coordinator_pb2.WatchRequest, _swarm_pb2.SwarmSnapshot]
     """The swarm now, and again at every interval until the caller hangs up."""
+    Credits: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.CreditsRequest, _coordinator_pb2.SignedContribution]
+    """What a volunteer is credited with, signed. NOT_FOUND: no member has that peer id."""
 
 @_typing.type_check_only
 class CoordinatorAsyncStub(CoordinatorStub):
@@ -52,6 +54,8 @@ class CoordinatorAsyncStub(CoordinatorStub):
     """
     Watch: _aio.UnaryStreamMultiCallable[_coordinator_pb2.WatchRequest, _swarm_pb2.SwarmSnapshot]  # type: ignore[assignment]
     """The swarm now, and again at every interval until the caller hangs up."""
+    Credits: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.CreditsRequest, _coordinator_pb2.SignedContribution]  # type: ignore[assignment]
+    """What a volunteer is credited with, signed. NOT_FOUND: no member has that peer id."""
 
 class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
     """The notary of one experiment, over TLS. Training goes on without it."""
@@ -73,5 +77,13 @@ class CoordinatorServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_swarm_pb2.SwarmSnapshot], _abc.AsyncIterator[_swarm_pb2.SwarmSnapshot]]:
         """The swarm now, and again at every interval until the caller hangs up."""
+
+    @_abc_1.abstractmethod
+    def Credits(
+        self,
+        request: _coordinator_pb2.CreditsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.SignedContribution, _abc.Awaitable[_coordinator_pb2.SignedContribution]]:
+        """What a volunteer is credited with, signed. NOT_FOUND: no member has that peer id."""
 
 def add_CoordinatorServicer_to_server(servicer: CoordinatorServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

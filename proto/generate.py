@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 CONTRACTS = tuple(f"proto/{name}.proto" for name in (
-    "swarm", "coordinator", "authority", "identity", "peer", "round"))
+    "swarm", "coordinator", "authority", "identity", "peer", "receipts", "round"))
 SERVICES = ("proto/coordinator.proto", "proto/authority.proto", "proto/peer.proto")
 
 

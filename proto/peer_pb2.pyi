@@ -502,6 +502,7 @@ class PeerStatus(_message.Message):
     METRICS_URL_FIELD_NUMBER: _builtins.int
     STATE_DIR_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
+    CONTRIBUTION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     run_id: _builtins.str
     state: _builtins.str
@@ -527,6 +528,10 @@ class PeerStatus(_message.Message):
     def evaluation(self) -> Global___WorkerEvent.Evaluated:
         """the last one"""
 
+    @_builtins.property
+    def contribution(self) -> _swarm_pb2.Contribution:
+        """the coordinator's last word, verified; absent before the first"""
+
     def __init__(
         self,
         *,
@@ -545,10 +550,11 @@ class PeerStatus(_message.Message):
         metrics_url: _builtins.str = ...,
         state_dir: _builtins.str = ...,
         evaluation: Global___WorkerEvent.Evaluated | None = ...,
+        contribution: _swarm_pb2.Contribution | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "evaluation", b"evaluation", "finished", b"finished", "rounds", b"rounds", "started", b"started", "step", b"step"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "contribution", b"contribution", "evaluation", b"evaluation", "finished", b"finished", "rounds", b"rounds", "started", b"started", "step", b"step"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "daemon_pid", b"daemon_pid", "evaluation", b"evaluation", "finished", b"finished", "group_size", b"group_size", "metrics_url", b"metrics_url", "name", b"name", "rounds", b"rounds", "run_id", b"run_id", "started", b"started", "state", b"state", "state_dir", b"state_dir", "step", b"step", "worker_pid", b"worker_pid", "worker_restarts", b"worker_restarts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "contribution", b"contribution", "daemon_pid", b"daemon_pid", "evaluation", b"evaluation", "finished", b"finished", "group_size", b"group_size", "metrics_url", b"metrics_url", "name", b"name", "rounds", b"rounds", "run_id", b"run_id", "started", b"started", "state", b"state", "state_dir", b"state_dir", "step", b"step", "worker_pid", b"worker_pid", "worker_restarts", b"worker_restarts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11proto/round.proto\x12\x08\x63ovey.v1\"\xae\x02\n\tStatement\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0e\n\x06weight\x18\x04 \x01(\x01\x12&\n\x04mode\x18\x05 \x01(\x0e\x32\x18.covey.v1.Statement.Mode\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\x0c\x12\x0f\n\x07tensors\x18\x07 \x01(\x04\x12\x0f\n\x07\x62uffers\x18\x08 \x01(\x04\x12\r\n\x05state\x18\t \x01(\x04\x12\x13\n\x0b\x63ompression\x18\n \x01(\t\x12\x19\n\x11state_compression\x18\x0b \x01(\t\x12\x0c\n\x04time\x18\x0c \x01(\x01\"8\n\x04Mode\x12\x0b\n\x07UNKNOWN\x10\x00\x12\x08\n\x04NODE\x10\x01\x12\n\n\x06\x43LIENT\x10\x02\x12\r\n\tAUXILIARY\x10\x03\"Z\n\x0fSignedStatement\x12\x11\n\tstatement\x18\x01 \x01(\x0c\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\x12\r\n\x05token\x18\x04 \x01(\x0c\"\x8e\t\n\x08\x45nvelope\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12\'\n\x04join\x18\x05 \x01(\x0b\x32\x17.covey.v1.Envelope.JoinH\x00\x12\'\n\x04\x63\x61ll\x18\x06 \x01(\x0b\x32\x17.covey.v1.Envelope.CallH\x00\x12+\n\x06\x63oming\x18\x07 \x01(\x0b\x32\x19.covey.v1.Envelope.ComingH\x00\x12\'\n\x04late\x18\x08 \x01(\x0b\x32\x17.covey.v1.Envelope.LateH\x00\x12\x31\n\telsewhere\x18\t \x01(\x0b\x32\x1c.covey.v1.Envelope.ElsewhereH\x00\x12-\n\x07propose\x18\n \x01(\x0b\x32\x1a.covey.v1.Envelope.ProposeH\x00\x12+\n\x06refuse\x18\x0b \x01(\x0b\x32\x19.covey.v1.Envelope.RefuseH\x00\x12/\n\x08\x63omplete\x18\x0c \x01(\x0b\x32\x1b.covey.v1.Envelope.CompleteH\x00\x12+\n\x06\x64\x65\x63ide\x18\r \x01(\x0b\x32\x19.covey.v1.Envelope.DecideH\x00\x12%\n\x03\x61sk\x18\x0e \x01(\x0b\x32\x16.covey.v1.Envelope.AskH\x00\x12\'\n\x04tell\x18\x0f \x01(\x0b\x32\x17.covey.v1.Envelope.TellH\x00\x1a\x31\n\x04Join\x12)\n\x06member\x18\x01 \x01(\x0b\x32\x19.covey.v1.SignedStatement\x1a\x16\n\x04\x43\x61ll\x12\x0e\n\x06leader\x18\x01 \x01(\t\x1a\x19\n\x06\x43oming\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x1a\x15\n\x04Late\x12\r\n\x05taken\x18\x01 \x03(\t\x1a\x1b\n\tElsewhere\x12\x0e\n\x06leader\x18\x01 \x01(\t\x1aW\n\x07Propose\x12\x10\n\x08group_id\x18\x01 \x01(\x0c\x12\x0e\n\x06serial\x18\x02 \x01(\r\x12*\n\x07members\x18\x03 \x03(\x0b\x32\x19.covey.v1.SignedStatement\x1a*\n\x06Refuse\x12\x10\n\x08group_id\x18\x01 \x01(\x0c\x12\x0e\n\x06reason\x18\x02 \x01(\t\x1a\x38\n\x08\x43omplete\x12\x10\n\x08group_id\x18\x01 \x01(\x0c\x12\n\n\x02ok\x18\x02 \x01(\x08\x12\x0e\n\x06\x62lamed\x18\x03 \x03(\t\x1aJ\n\x06\x44\x65\x63ide\x12\x10\n\x08group_id\x18\x01 \x01(\x0c\x12\x0e\n\x06\x63ommit\x18\x02 \x01(\x08\x12\x10\n\x08\x65xcluded\x18\x03 \x03(\t\x12\x0c\n\x04\x65\x63ho\x18\x04 \x01(\x08\x1a\x17\n\x03\x41sk\x12\x10\n\x08group_id\x18\x01 \x01(\x0c\x1aU\n\x04Tell\x12\x10\n\x08group_id\x18\x01 \x01(\x0c\x12)\n\x06status\x18\x02 \x01(\x0e\x32\x19.covey.v1.Envelope.Status\x12\x10\n\x08\x65xcluded\x18\x03 \x03(\t\"@\n\x06Status\x12\x0b\n\x07UNKNOWN\x10\x00\x12\r\n\tUNDECIDED\x10\x01\x12\r\n\tCOMMITTED\x10\x02\x12\x0b\n\x07\x41\x42ORTED\x10\x03\x42\t\n\x07message\"\x05\n\x03\x41\x63k\"\x1d\n\x0cStateRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\"[\n\nStateReply\x12\x0f\n\x07refusal\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\r\n\x05token\x18\x05 \x01(\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11proto/round.proto\x12\x08\x63ovey.v1\"\xbf\x02\n\tStatement\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0e\n\x06weight\x18\x04 \x01(\x01\x12&\n\x04mode\x18\x05 \x01(\x0e\x32\x18.covey.v1.Statement.Mode\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\x0c\x12\x0f\n\x07tensors\x18\x07 \x01(\x04\x12\x0f\n\x07\x62uffers\x18\x08 \x01(\x04\x12\r\n\x05state\x18\t \x01(\x04\x12\x13\n\x0b\x63ompression\x18\n \x01(\t\x12\x19\n\x11state_compression\x18\x0b \x01(\t\x12\x0c\n\x04time\x18\x0c \x01(\x01\x12\x0f\n\x07samples\x18\r \x01(\x04\"8\n\x04Mode\x12\x0b\n\x07UNKNOWN\x10\x00\x12\x08\n\x04NODE\x10\x01\x12\n\n\x06\x43LIENT\x10\x02\x12\r\n\tAUXILIARY\x10\x03\"Z\n\x0fSignedStatement\x12\x11\n\tstatement\x18\x01 \x01(\x0c\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\x12\x11\n\tsignature\x18\x03 \x01(\x0c\x12\r\n\x05token\x18\x04 \x01(\x0c\"\x8e\t\n\x08\x45nvelope\x12\r\n\x05token\x18\x01 \x01(\x0c\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\x12\'\n\x04join\x18\x05 \x01(\x0b\x32\x17.covey.v1.Envelope.JoinH\x00\x12\'\n\x04\x63\x61ll\x18\x06 \x01(\x0b\x32\x17.covey.v1.Envelope.CallH\x00\x12+\n\x06\x63oming\x18\x07 \x01(\x0b\x32\x19.covey.v1.Envelope.ComingH\x00\x12\'\n\x04late\x18\x08 \x01(\x0b\x32\x17.covey.v1.Envelope.LateH\x00\x12\x31\n\telsewhere\x18\t \x01(\x0b\x32\x1c.covey.v1.Envelope.ElsewhereH\x00\x12-\n\x07propose\x18\n \x01(\x0b\x32\x1a.covey.v1.Envelope.ProposeH\x00\x12+\n\x06refuse\x18\x0b \x01(\x0b\x32\x19.covey.v1.Envelope.RefuseH\x00\x12/\n\x08\x63omplete\x18\x0c \x01(\x0b\x32\x1b.covey.v1.Envelope.CompleteH\x00\x12+\n\x06\x64\x65\x63ide\x18\r \x01(\x0b\x32\x19.covey.v1.Envelope.DecideH\x00\x12%\n\x03\x61sk\x18\x0e \x01(\x0b\x32\x16.covey.v1.Envelope.AskH\x00\x12\'\n\x04tell\x18\x0f \x01(\x0b\x32\x17.covey.v1.Envelope.TellH\x00\x1a\x31\n\x04Join\x12)\n\x06member\x18\x01 \x01(\x0b\x32\x19.covey.v1.SignedStatement\x1a\x16\n\x04\x43\x61ll\x12\x0e\n\x06leader\x18\x01 \x01(\t\x1a\x19\n\x06\x43oming\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x1a\x15\n\x04Late\x12\r\n\x05taken\x18\x01 \x03(\t\x1a\x1b\n\tElsewhere\x12\x0e\n\x06leader\x18\x01 \x01(\t\x1aW\n\x07Propose\x12\x10\n\x08group_id\x18\x01 \x01(\x0c\x12\x0e\n\x06serial\x18\x02 \x01(\r\x12*\n\x07members\x18\x03 \x03(\x0b\x32\x19.covey.v1.SignedStatement\x1a*\n\x06Refuse\x12\x10\n\x08group_id\x18\x01 \x01(\x0c\x12\x0e\n\x06reason\x18\x02 \x01(\t\x1a\x38\n\x08\x43omplete\x12\x10\n\x08group_id\x18\x01 \x01(\x0c\x12\n\n\x02ok\x18\x02 \x01(\x08\x12\x0e\n\x06\x62lamed\x18\x03 \x03(\t\x1aJ\n\x06\x44\x65\x63ide\x12\x10\n\x08group_id\x18\x01 \x01(\x0c\x12\x0e\n\x06\x63ommit\x18\x02 \x01(\x08\x12\x10\n\x08\x65xcluded\x18\x03 \x03(\t\x12\x0c\n\x04\x65\x63ho\x18\x04 \x01(\x08\x1a\x17\n\x03\x41sk\x12\x10\n\x08group_id\x18\x01 \x01(\x0c\x1aU\n\x04Tell\x12\x10\n\x08group_id\x18\x01 \x01(\x0c\x12)\n\x06status\x18\x02 \x01(\x0e\x32\x19.covey.v1.Envelope.Status\x12\x10\n\x08\x65xcluded\x18\x03 \x03(\t\"@\n\x06Status\x12\x0b\n\x07UNKNOWN\x10\x00\x12\r\n\tUNDECIDED\x10\x01\x12\r\n\tCOMMITTED\x10\x02\x12\x0b\n\x07\x41\x42ORTED\x10\x03\x42\t\n\x07message\"\x05\n\x03\x41\x63k\"\x1d\n\x0cStateRequest\x12\r\n\x05token\x18\x01 \x01(\x0c\"[\n\nStateReply\x12\x0f\n\x07refusal\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x12\r\n\x05token\x18\x05 \x01(\x0c\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,41 +32,41 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'proto.round_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_STATEMENT']._serialized_start=32
-  _globals['_STATEMENT']._serialized_end=334
-  _globals['_STATEMENT_MODE']._serialized_start=278
-  _globals['_STATEMENT_MODE']._serialized_end=334
-  _globals['_SIGNEDSTATEMENT']._serialized_start=336
-  _globals['_SIGNEDSTATEMENT']._serialized_end=426
-  _globals['_ENVELOPE']._serialized_start=429
-  _globals['_ENVELOPE']._serialized_end=1595
-  _globals['_ENVELOPE_JOIN']._serialized_start=987
-  _globals['_ENVELOPE_JOIN']._serialized_end=1036
-  _globals['_ENVELOPE_CALL']._serialized_start=1038
-  _globals['_ENVELOPE_CALL']._serialized_end=1060
-  _globals['_ENVELOPE_COMING']._serialized_start=1062
-  _globals['_ENVELOPE_COMING']._serialized_end=1087
-  _globals['_ENVELOPE_LATE']._serialized_start=1089
-  _globals['_ENVELOPE_LATE']._serialized_end=1110
-  _globals['_ENVELOPE_ELSEWHERE']._serialized_start=1112
-  _globals['_ENVELOPE_ELSEWHERE']._serialized_end=1139
-  _globals['_ENVELOPE_PROPOSE']._serialized_start=1141
-  _globals['_ENVELOPE_PROPOSE']._serialized_end=1228
-  _globals['_ENVELOPE_REFUSE']._serialized_start=1230
-  _globals['_ENVELOPE_REFUSE']._serialized_end=1272
-  _globals['_ENVELOPE_COMPLETE']._serialized_start=1274
-  _globals['_ENVELOPE_COMPLETE']._serialized_end=1330
-  _globals['_ENVELOPE_DECIDE']._serialized_start=1332
-  _globals['_ENVELOPE_DECIDE']._serialized_end=1406
-  _globals['_ENVELOPE_ASK']._serialized_start=1408
-  _globals['_ENVELOPE_ASK']._serialized_end=1431
-  _globals['_ENVELOPE_TELL']._serialized_start=1433
-  _globals['_ENVELOPE_TELL']._serialized_end=1518
-  _globals['_ENVELOPE_STATUS']._serialized_start=1520
-  _globals['_ENVELOPE_STATUS']._serialized_end=1584
-  _globals['_ACK']._serialized_start=1597
-  _globals['_ACK']._serialized_end=1602
-  _globals['_STATEREQUEST']._serialized_start=1604
-  _globals['_STATEREQUEST']._serialized_end=1633
-  _globals['_STATEREPLY']._serialized_start=1635
-  _globals['_STATEREPLY']._serialized_end=1726
+  _globals['_STATEMENT']._serialized_end=351
+  _globals['_STATEMENT_MODE']._serialized_start=295
+  _globals['_STATEMENT_MODE']._serialized_end=351
+  _globals['_SIGNEDSTATEMENT']._serialized_start=353
+  _globals['_SIGNEDSTATEMENT']._serialized_end=443
+  _globals['_ENVELOPE']._serialized_start=446
+  _globals['_ENVELOPE']._serialized_end=1612
+  _globals['_ENVELOPE_JOIN']._serialized_start=1004
+  _globals['_ENVELOPE_JOIN']._serialized_end=1053
+  _globals['_ENVELOPE_CALL']._serialized_start=1055
+  _globals['_ENVELOPE_CALL']._serialized_end=1077
+  _globals['_ENVELOPE_COMING']._serialized_start=1079
+  _globals['_ENVELOPE_COMING']._serialized_end=1104
+  _globals['_ENVELOPE_LATE']._serialized_start=1106
+  _globals['_ENVELOPE_LATE']._serialized_end=1127
+  _globals['_ENVELOPE_ELSEWHERE']._serialized_start=1129
+  _globals['_ENVELOPE_ELSEWHERE']._serialized_end=1156
+  _globals['_ENVELOPE_PROPOSE']._serialized_start=1158
+  _globals['_ENVELOPE_PROPOSE']._serialized_end=1245
+  _globals['_ENVELOPE_REFUSE']._serialized_start=1247
+  _globals['_ENVELOPE_REFUSE']._serialized_end=1289
+  _globals['_ENVELOPE_COMPLETE']._serialized_start=1291
+  _globals['_ENVELOPE_COMPLETE']._serialized_end=1347
+  _globals['_ENVELOPE_DECIDE']._serialized_start=1349
+  _globals['_ENVELOPE_DECIDE']._serialized_end=1423
+  _globals['_ENVELOPE_ASK']._serialized_start=1425
+  _globals['_ENVELOPE_ASK']._serialized_end=1448
+  _globals['_ENVELOPE_TELL']._serialized_start=1450
+  _globals['_ENVELOPE_TELL']._serialized_end=1535
+  _globals['_ENVELOPE_STATUS']._serialized_start=1537
+  _globals['_ENVELOPE_STATUS']._serialized_end=1601
+  _globals['_ACK']._serialized_start=1614
+  _globals['_ACK']._serialized_end=1619
+  _globals['_STATEREQUEST']._serialized_start=1621
+  _globals['_STATEREQUEST']._serialized_end=1650
+  _globals['_STATEREPLY']._serialized_start=1652
+  _globals['_STATEREPLY']._serialized_end=1743
 # @@protoc_insertion_point(module_scope)

@@ -64,6 +64,7 @@ class Statement(_message.Message):
     COMPRESSION_FIELD_NUMBER: _builtins.int
     STATE_COMPRESSION_FIELD_NUMBER: _builtins.int
     TIME_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     kind: _builtins.str
     epoch: _builtins.int
@@ -84,6 +85,8 @@ class Statement(_message.Message):
     """of buffers and state"""
     time: _builtins.float
     """Unix seconds"""
+    samples: _builtins.int
+    """that went into what it brings, to be credited once; counted up to target_batch_size too"""
     def __init__(
         self,
         *,
@@ -99,10 +102,11 @@ class Statement(_message.Message):
         compression: _builtins.str = ...,
         state_compression: _builtins.str = ...,
         time: _builtins.float = ...,
+        samples: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffers", b"buffers", "compression", b"compression", "epoch", b"epoch", "fingerprint", b"fingerprint", "kind", b"kind", "mode", b"mode", "run_id", b"run_id", "state", b"state", "state_compression", b"state_compression", "tensors", b"tensors", "time", b"time", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffers", b"buffers", "compression", b"compression", "epoch", b"epoch", "fingerprint", b"fingerprint", "kind", b"kind", "mode", b"mode", "run_id", b"run_id", "samples", b"samples", "state", b"state", "state_compression", b"state_compression", "tensors", b"tensors", "time", b"time", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -154,7 +154,7 @@ class PeerRow(_message.Message):
     peer_id: _builtins.str
     """libp2p peer id, base58"""
     name: _builtins.str
-    """what the volunteer calls itself: untrusted text"""
+    """the volunteer's, as enrolled: untrusted text"""
     state: _builtins.str
     """"starting", "training" or "leaving" """
     epoch: _builtins.int
@@ -214,6 +214,94 @@ class PeerRow(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
 
 Global___PeerRow: _TypeAlias = PeerRow  # noqa: Y015
+
+@_typing.final
+class Contribution(_message.Message):
+    """What a volunteer is credited with: its samples in completed rounds, as far as their other members confirm them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    PEER_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    EPOCHS_FIELD_NUMBER: _builtins.int
+    FLAGGED_FIELD_NUMBER: _builtins.int
+    SWARM_SAMPLES_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    VOLUNTEERS_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    peer_id: _builtins.str
+    name: _builtins.str
+    """as enrolled"""
+    samples: _builtins.int
+    epochs: _builtins.int
+    """with at least one of them"""
+    flagged: _builtins.int
+    """epochs in which it claimed more than its group saw, or was in two groups"""
+    swarm_samples: _builtins.int
+    """credited to all volunteers"""
+    rank: _builtins.int
+    """by samples, from 1; 0: it has none yet"""
+    volunteers: _builtins.int
+    """that have a rank"""
+    time: _builtins.float
+    """Unix seconds"""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        peer_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        samples: _builtins.int = ...,
+        epochs: _builtins.int = ...,
+        flagged: _builtins.int = ...,
+        swarm_samples: _builtins.int = ...,
+        rank: _builtins.int = ...,
+        volunteers: _builtins.int = ...,
+        time: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epochs", b"epochs", "flagged", b"flagged", "name", b"name", "peer_id", b"peer_id", "rank", b"rank", "run_id", b"run_id", "samples", b"samples", "swarm_samples", b"swarm_samples", "time", b"time", "volunteers", b"volunteers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Contribution: _TypeAlias = Contribution  # noqa: Y015
+
+@_typing.final
+class LeaderboardRow(_message.Message):
+    """One row of the leaderboard; as in Contribution."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    EPOCHS_FIELD_NUMBER: _builtins.int
+    FLAGGED_FIELD_NUMBER: _builtins.int
+    peer_id: _builtins.str
+    name: _builtins.str
+    samples: _builtins.int
+    epochs: _builtins.int
+    flagged: _builtins.int
+    def __init__(
+        self,
+        *,
+        peer_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        samples: _builtins.int = ...,
+        epochs: _builtins.int = ...,
+        flagged: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epochs", b"epochs", "flagged", b"flagged", "name", b"name", "peer_id", b"peer_id", "samples", b"samples"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaderboardRow: _TypeAlias = LeaderboardRow  # noqa: Y015
 
 @_typing.final
 class SwarmSnapshot(_message.Message):
@@ -359,6 +447,9 @@ class SwarmSnapshot(_message.Message):
     SECONDS_IN_ROUNDS_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
     SINCE_SECONDS_FIELD_NUMBER: _builtins.int
+    LEADERBOARD_FIELD_NUMBER: _builtins.int
+    CREDITED_SAMPLES_FIELD_NUMBER: _builtins.int
+    FLAGGED_CLAIMS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     time_seconds: _builtins.float
     """Unix time at which the records were read; 0: not yet"""
@@ -385,6 +476,10 @@ class SwarmSnapshot(_message.Message):
     """median of the peers' last rounds with others; absent before the first"""
     since_seconds: _builtins.float
     """Unix time from which on the coordinator counts; a restart of its process keeps it"""
+    credited_samples: _builtins.int
+    """to all volunteers, over all time"""
+    flagged_claims: _builtins.int
+    """likewise"""
     @_builtins.property
     def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___PeerRow]: ...
     @_builtins.property
@@ -402,6 +497,10 @@ class SwarmSnapshot(_message.Message):
     @_builtins.property
     def refused(self) -> Global___Refusals:
         """likewise"""
+
+    @_builtins.property
+    def leaderboard(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeaderboardRow]:
+        """the first 50, by samples"""
 
     def __init__(
         self,
@@ -426,10 +525,13 @@ class SwarmSnapshot(_message.Message):
         seconds_in_rounds: Global___RoundSeconds | None = ...,
         refused: Global___Refusals | None = ...,
         since_seconds: _builtins.float = ...,
+        leaderboard: _abc.Iterable[Global___LeaderboardRow] | None = ...,
+        credited_samples: _builtins.int = ...,
+        flagged_claims: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_consensus_distance", b"_consensus_distance", "_loss", b"_loss", "_round_seconds", b"_round_seconds", "archive", b"archive", "consensus_distance", b"consensus_distance", "departures", b"departures", "loss", b"loss", "refused", b"refused", "round_seconds", b"round_seconds", "rounds", b"rounds", "seconds_in_rounds", b"seconds_in_rounds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_consensus_distance", b"_consensus_distance", "_loss", b"_loss", "_round_seconds", b"_round_seconds", "archive", b"archive", "consensus_distance", b"consensus_distance", "departures", b"departures", "epoch", b"epoch", "epoch_samples", b"epoch_samples", "group_size", b"group_size", "joins", b"joins", "loss", b"loss", "peers", b"peers", "refused", b"refused", "round_seconds", b"round_seconds", "rounds", b"rounds", "run_id", b"run_id", "samples_per_second", b"samples_per_second", "samples_total", b"samples_total", "seconds_in_rounds", b"seconds_in_rounds", "since_seconds", b"since_seconds", "target_batch_size", b"target_batch_size", "target_group_size", b"target_group_size", "time_seconds", b"time_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_consensus_distance", b"_consensus_distance", "_loss", b"_loss", "_round_seconds", b"_round_seconds", "archive", b"archive", "consensus_distance", b"consensus_distance", "credited_samples", b"credited_samples", "departures", b"departures", "epoch", b"epoch", "epoch_samples", b"epoch_samples", "flagged_claims", b"flagged_claims", "group_size", b"group_size", "joins", b"joins", "leaderboard", b"leaderboard", "loss", b"loss", "peers", b"peers", "refused", b"refused", "round_seconds", b"round_seconds", "rounds", b"rounds", "run_id", b"run_id", "samples_per_second", b"samples_per_second", "samples_total", b"samples_total", "seconds_in_rounds", b"seconds_in_rounds", "since_seconds", b"since_seconds", "target_batch_size", b"target_batch_size", "target_group_size", b"target_group_size", "time_seconds", b"time_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__consensus_distance: _TypeAlias = _typing.Literal["consensus_distance"]  # noqa: Y015
     _WhichOneofArgType__consensus_distance: _TypeAlias = _typing.Literal["_consensus_distance", b"_consensus_distance"]  # noqa: Y015

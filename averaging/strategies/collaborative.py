@@ -91,7 +91,7 @@ class Collaborative(Strategy):
         round = self._begin(
             shared, weight, group=group, compression=self.config.compression, buffers=buffers,
             state=[*self.shared_params, *self.statistics()] if self._averages_state() else (),
-            fingerprint=self._sketch or b"")
+            fingerprint=self._sketch or b"", samples=weight)
         return _Update(round, grads, buffers, before)
 
     @torch.no_grad()

@@ -165,7 +165,8 @@ class DiLoCo(Strategy):
         state = [*_at(self._anchors, fragment), *_at(self._momenta, fragment)]
         round = self._begin(
             values, weight, group=group, buffers=buffers, state=state, fingerprint=sketch(state),
-            compression=config.state_compression if self._sends_parameters else config.compression)
+            compression=config.state_compression if self._sends_parameters else config.compression,
+            samples=self._samples)
         return _Flight(fragment, round, values, losses, buffers)
 
     def _values(self, fragment: Sequence[int]) -> list[Tensor]:

@@ -59,9 +59,10 @@ class Gossip(Strategy):
 
     def _meet(self) -> None:
         self.settle()
-        if self._gathered.samples:
+        samples = self._gathered.samples
+        if samples:
             self._update(self._gathered.take())
-        self._begin_mixing(self._round)
+        self._begin_mixing(self._round, samples)
         self._next_epoch()
 
     def settle(self) -> None:
@@ -81,15 +82,16 @@ class Gossip(Strategy):
         self._mixing, self._is_begun = None, True
         super()._forget()
 
-    def _begin_mixing(self, step: int) -> None:
-        """Of the parameters after the update that ended epoch `step`."""
+    def _begin_mixing(self, step: int, samples: int = 0) -> None:
+        """Of the parameters after the update that ended epoch `step`, by so many samples of this peer's."""
         self._is_begun, group = True, self._group_at(step)
         if len(group) == 1:
             self._alone()
         else:
             values = [p.detach().clone() for p in self.shared_params]
             self._mixing = _Mixing(self._begin(
-                values, 1.0, group=group, epoch=step, compression=self.config.state_compression), values)
+                values, 1.0, group=group, epoch=step, compression=self.config.state_compression,
+                samples=samples), values)
 
     def _group_at(self, step: int) -> Sequence[str]:
         """Of the topology; a part of it, where it is too large."""

@@ -37,7 +37,7 @@ class LocalSGD(Strategy):
         else:
             weight = float(group[0] == self.transport.peer_id) if self._is_the_first_ones() else self._samples
             self._end(self._begin(self._averaged(), weight, group=group, buffers=self.buffers,
-                                  compression=self.config.state_compression))
+                                  compression=self.config.state_compression, samples=self._samples))
         self._next_epoch()
 
     def _averaged(self) -> list[Tensor]:

@@ -221,10 +221,11 @@ class Strategy(ABC):
 
     def _begin(self, tensors: Sequence[Tensor], weight: float, *, group: Sequence[str], kind: str = "",
                epoch: int | None = None, compression: str = "none", buffers: Sequence[Tensor] = (),
-               state: Sequence[Tensor] = (), fingerprint: bytes = b"") -> Round:
+               state: Sequence[Tensor] = (), fingerprint: bytes = b"", samples: int = 0) -> Round:
         """Start to average `tensors` with `group`; by default at the end of epoch `_round`, and of the strategy's kind.
 
-        With a value that is not finite, the weight is 0: this peer's contribution is dropped, and counted.
+        `samples` are those of this peer that are in `tensors` and in no other round's: it is credited with them. With
+        a value that is not finite, the weight is 0: this peer's contribution is dropped, and counted.
         """
         epoch, kind = self._round if epoch is None else epoch, kind or self.kind
         if weight and not finite([*tensors, *buffers, *state]):
@@ -232,8 +233,8 @@ class Strategy(ABC):
             self._refused[NON_FINITE] += 1
         round = Round(self.transport.meet(
             tensors, weight, kind=kind, epoch=epoch, group=group, compression=compression,
-            buffers=buffers, state=state, fingerprint=fingerprint, state_compression=self.config.state_compression),
-            kind, epoch)
+            buffers=buffers, state=state, fingerprint=fingerprint, state_compression=self.config.state_compression,
+            samples=samples if weight else 0), kind, epoch)
         self._open.append(round)
         return round
 

@@ -33,6 +33,7 @@ class _Contribution:
     weight: float
     fingerprint: bytes
     codecs: tuple[str, str]
+    samples: int = 0
 
 
 @dataclass
@@ -119,7 +120,7 @@ class MemoryTransport:
 
     def meet(self, tensors: Sequence[Tensor], weight: float, *, kind: str, epoch: int, group: Sequence[str],
              compression: str = "none", buffers: Sequence[Tensor] = (), state: Sequence[Tensor] = (),
-             fingerprint: bytes = b"", state_compression: str = "none") -> "MemoryMeeting":
+             fingerprint: bytes = b"", state_compression: str = "none", samples: int = 0) -> "MemoryMeeting":
         swarm, key = self._swarm, (kind, epoch, tuple(sorted(group)))
         with swarm.changed:
             round = swarm.rounds.setdefault(key, _Round(set(group), monotonic() + swarm.join_seconds))
@@ -128,7 +129,7 @@ class MemoryTransport:
             else:
                 round.came[self.peer_id] = _Contribution(
                     _detached(tensors), _detached(buffers), _detached(state), weight, fingerprint,
-                    (compression, state_compression))
+                    (compression, state_compression), samples)
             swarm.changed.notify_all()
         return MemoryMeeting(swarm, self.peer_id, (kind, epoch), round)
 
@@ -199,7 +200,8 @@ class MemoryMeeting:
     def _outcome(self, reason: str) -> Outcome:
         seconds, members = monotonic() - self._began, tuple(sorted(self._round.came))
         return Outcome(averaged=not reason, members=() if reason else members, reason=reason, seconds=seconds,
-                       with_state=self._round.with_state and not reason)
+                       with_state=self._round.with_state and not reason, samples={} if reason else {
+                           peer: given.samples for peer, given in self._round.came.items()})
 
     def _has_ended(self) -> bool:
         """Whether it has, or ends now: all who are expected have come, or the deadline is over."""

@@ -32,6 +32,8 @@ class Outcome:
     bytes_sent: int = 0              # of tensors, as encoded
     bytes_received: int = 0
     refused: Mapping[str, int] = field(default_factory=dict)  # contributions that were refused here, by reason
+    group_id: bytes = b""            # where groups have names
+    samples: Mapping[str, int] = field(default_factory=dict)  # of each member, those that are in the mean
 
 
 class Meeting(Protocol):
@@ -71,7 +73,7 @@ class Transport(Protocol):
 
     def meet(self, tensors: Sequence[Tensor], weight: float, *, kind: str, epoch: int, group: Sequence[str],
              compression: str = "none", buffers: Sequence[Tensor] = (), state: Sequence[Tensor] = (),
-             fingerprint: bytes = b"", state_compression: str = "none") -> Meeting:
+             fingerprint: bytes = b"", state_compression: str = "none", samples: int = 0) -> Meeting:
         """Average `tensors`, floating point and of any device, with `group`: the mean weighted by `weight`s, over
         those who took part, equal bits on all of them.
 
@@ -79,6 +81,8 @@ class Transport(Protocol):
         behind. `weight` 0: contributes nothing, receives the mean. Without tensors (an auxiliary peer) it helps to
         reduce only. `buffers` are averaged too, at a scale of their own; and `state`, unless all members'
         `fingerprint`s are equal. `compression` is of `tensors`, `state_compression` of the others.
+        `samples`: how many of this peer's are in what it brings, each said once, so that volunteers can be credited
+        with them; nobody is where all processes have one owner (averaging/transports/world.py).
         The tensors must not change until `result`.
         """
 

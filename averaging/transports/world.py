@@ -65,8 +65,11 @@ class World:
 
     def meet(self, tensors: Sequence[Tensor], weight: float, *, kind: str, epoch: int, group: Sequence[str],
              compression: str = "none", buffers: Sequence[Tensor] = (), state: Sequence[Tensor] = (),
-             fingerprint: bytes = b"", state_compression: str = "none") -> Meeting:
-        """See `Transport`. Of `state`, only fingerprints travel now; if they differ, it is averaged by `result`."""
+             fingerprint: bytes = b"", state_compression: str = "none", samples: int = 0) -> Meeting:
+        """See `Transport`; nobody is credited here.
+
+        Of `state`, only fingerprints travel now; if they differ, it is averaged by `result`.
+        """
         ranks = tuple(sorted(map(int, group)))
         assert self._rank in ranks, "a process averages in its own group"
         if len(ranks) == 1:

@@ -16,6 +16,7 @@ from averaging.bulletin import Bulletin
 from averaging.config import Averaging
 from averaging.dht import open_identity, start_dht
 from averaging.progress import record_validators
+from averaging.receipt_records import ReceiptBook
 from averaging.records import PeerRecord
 from averaging.transports.swarm.swarm import Swarm, SwarmMeeting
 from averaging.transports.transport import Outcome
@@ -43,8 +44,9 @@ class Peer:
             samples_total=0, samples_per_second=0.0, loss=None, group_size=0, version=VERSION, device="cpu",
             client_mode=client_mode, auxiliary=auxiliary, time=get_dht_time())
         self.bulletin = Bulletin(self.dht, RUN, self.key, record, self.config)
+        self.receipts = ReceiptBook(self.dht, RUN, self.key)
         self.swarm = Swarm(dht=self.dht, run_id=RUN, key=self.key, config=self.config, bulletin=self.bulletin,
-                           client_mode=client_mode, auxiliary=auxiliary, authoriser=member)
+                           client_mode=client_mode, auxiliary=auxiliary, authoriser=member, receipts=self.receipts)
 
     @property
     def id(self) -> str:
@@ -52,6 +54,7 @@ class Peer:
 
     def close(self) -> None:
         self.swarm.close()
+        self.receipts.close()
         self.bulletin.close()
         self.dht.shutdown()
 

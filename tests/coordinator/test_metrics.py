@@ -4,6 +4,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from averaging.records import Refusals
+from coordinator.credit_ledger import Leaderboard
 from coordinator.metrics import ANEW, FAILURES, coordinator_registry
 from coordinator.swarm import SwarmState
 from coordinator.view import About
@@ -11,8 +12,9 @@ from coordinator.view import About
 
 def scrape(state: SwarmState, about: About, now: float, before: SwarmState = ANEW) -> dict[tuple[str, tuple], float]:
     """Sample values by name and sorted labels, as Prometheus reads them."""
-    text = generate_latest(coordinator_registry(lambda: state, about, lambda: now, failures={"banned": 2},
-                                                before=before)).decode()
+    registry = coordinator_registry(lambda: state, about, lambda: now, failures={"banned": 2}, before=before,
+                                    leaderboard=lambda: Leaderboard(samples=1200, flagged=3))
+    text = generate_latest(registry).decode()
     return {(sample.name, tuple(sorted(sample.labels.items()))): sample.value
             for family in text_string_to_metric_families(text) for sample in family.samples}
 
@@ -21,7 +23,8 @@ def test_every_figure_is_the_states(state: SwarmState, about: About, now: float)
     samples = scrape(state, about, now)
     assert {name: value for (name, labels), value in samples.items() if not labels} == {
         "covey_target_batch_size": 256, "covey_samples_total": 1500, "covey_peer_joins_total": 6, "covey_epoch": 7,
-        "covey_epoch_samples": 64, "covey_samples_per_second": 40.0, "covey_group_size": 2, "covey_loss": 2.5}
+        "covey_epoch_samples": 64, "covey_samples_per_second": 40.0, "covey_group_size": 2, "covey_loss": 2.5,
+        "covey_credited_samples": 1200, "covey_flagged_claims": 3}
     assert samples["covey_build_info", (("version", "0.1.0"),)] == 1
     for reason, value in {"left": 3, "lost": 1}.items():
         assert samples["covey_peer_departures_total", (("reason", reason),)] == value
@@ -47,7 +50,7 @@ def test_an_old_reading_tells_nothing_of_now(state: SwarmState, about: About, no
     assert names == {"covey_build_info", "covey_target_batch_size", "covey_samples_total", "covey_peer_joins_total",
                      "covey_peer_departures_total", "covey_averaging_rounds_total", "covey_auth_failures_total",
                      "covey_averaging_duration_seconds_sum", "covey_averaging_duration_seconds_count",
-                     "covey_rejected_contributions_total"}
+                     "covey_rejected_contributions_total", "covey_credited_samples", "covey_flagged_claims"}
 
 
 def test_counters_begin_at_0_with_the_process_though_the_swarms_do_not(

@@ -84,7 +84,8 @@ def coordinators_truth(swarm: dict[str, Any]) -> Samples:
                "covey_loss": swarm["loss"], "covey_target_batch_size": swarm["target_batch_size"],
                "covey_samples_total": swarm["samples_total"], "covey_samples_per_second": swarm["samples_per_second"],
                "covey_group_size": swarm["group_size"], "covey_consensus_distance": swarm["consensus_distance"],
-               "covey_peer_joins_total": swarm["joins"]}
+               "covey_peer_joins_total": swarm["joins"], "covey_credited_samples": swarm["credited_samples"],
+               "covey_flagged_claims": swarm["flagged_claims"]}
     return {
         **{sample_name(name): value for name, value in figures.items() if value is not None},
         **{sample_name("covey_peers", state=state, mode=mode): of_state.count((state, mode))

@@ -203,7 +203,7 @@ class Averager:
             if meet.round in self._sessions:
                 raise Refused("this peer has met for this already")
             me = self._wire.member(meet.round, weight=meet.weight, mode=setup.mode, fingerprint=meet.fingerprint,
-                                   layout=meet.layout)
+                                   layout=meet.layout, samples=meet.samples)
         except Refused as error:  # its token has expired, say
             self._tell(Ended(meet.meeting, Outcome(False, reason=f"this peer can't take part: {error}")))
             return

@@ -57,6 +57,7 @@ class Meet:
     layout: Layout
     fingerprint: bytes
     memory: int | None        # None: an auxiliary, it gives nothing
+    samples: int = 0          # that are in what it gives
 
 
 @dataclass(frozen=True)

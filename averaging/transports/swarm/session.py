@@ -130,7 +130,8 @@ class Session:
             return
         why = ": ".join(filter(None, (outcome.reason, self._problem)))
         self._end(Outcome(
-            outcome.committed, members=tuple(member.peer_id for member in outcome.members),
+            outcome.committed, members=tuple(member.peer_id for member in outcome.members), group_id=outcome.group_id,
+            samples={member.peer_id: member.samples for member in outcome.members},
             with_state=outcome.with_state, silent=outcome.silent, reason="" if outcome.committed else why,
             bytes_sent=self._bytes_sent, bytes_received=self._bytes_received, refused=dict(self._refused),
             matchmaking_seconds=(self._met or monotonic()) - self._began))

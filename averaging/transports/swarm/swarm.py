@@ -13,7 +13,7 @@ import logging
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -35,6 +35,8 @@ from averaging.bulletin import Bulletin
 from averaging.config import Averaging
 from averaging.dht import DHT
 from averaging.messages import NOTHING, Layout, RoundId
+from averaging.receipt_records import ReceiptBook
+from averaging.receipts import Receipt
 from averaging.transports.swarm.averager import Setup, serve
 from averaging.transports.swarm.channel import (
     Board,
@@ -82,7 +84,7 @@ class SwarmMeeting:
     """One meeting, while the averager sees to it."""
 
     def __init__(self, tensors: Sequence[Tensor], state: Sequence[Tensor], memory: _Memory | None, *, patience: float,
-                 met: Callable[[Collection[str]], None], cancel: Callable[[], None],
+                 met: Callable[[Outcome], None], cancel: Callable[[], None],
                  release: Callable[[bool], None]) -> None:
         self._tensors, self._state, self._memory = tensors, state, memory
         self._started, self._patience = monotonic(), patience
@@ -120,7 +122,7 @@ class SwarmMeeting:
         """The averager says so."""
         if not self._ended.done():
             if outcome.averaged:
-                self._met(set(outcome.members) - set(outcome.silent))
+                self._met(outcome)
             self._ended.set_result(replace(outcome, seconds=monotonic() - self._started))
 
     def fail(self, error: AveragerLost) -> None:
@@ -140,14 +142,16 @@ class Swarm:
 
     Make it in the main thread right after `start_dht`, before CUDA and threads: it forks. `key` is the libp2p
     identity; it signs what this peer says. `client_mode`: this peer accepts no incoming connections. `auxiliary`: it
-    has nothing to average and helps others to. `authoriser` decides who is a member.
+    has nothing to average and helps others to. `authoriser` decides who is a member. `receipts`: where committed rounds
+    are noted, so that their members are credited.
     Raises AveragerLost if the averager does not come up.
     """
 
     def __init__(self, *, dht: DHT, run_id: str, key: RSAPrivateKey, config: Averaging, bulletin: Bulletin,
-                 client_mode: bool = False, auxiliary: bool = False, authoriser: Authoriser | None = None) -> None:
+                 client_mode: bool = False, auxiliary: bool = False, authoriser: Authoriser | None = None,
+                 receipts: ReceiptBook | None = None) -> None:
         self.peer_id = str(dht.peer_id)
-        self._config, self._bulletin, self._board = config, bulletin, Board()
+        self._config, self._bulletin, self._board, self._receipts = config, bulletin, Board(), receipts
         self._epoch = self._samples = 0
         self._reported: tuple[int, float] | None = None  # the epoch, and when
         self._known = frozenset[str]()
@@ -226,7 +230,7 @@ class Swarm:
     @torch.no_grad()
     def meet(self, tensors: Sequence[Tensor], weight: float, *, kind: str, epoch: int, group: Sequence[str],
              compression: str = "none", buffers: Sequence[Tensor] = (), state: Sequence[Tensor] = (),
-             fingerprint: bytes = b"", state_compression: str = "none") -> SwarmMeeting:
+             fingerprint: bytes = b"", state_compression: str = "none", samples: int = 0) -> SwarmMeeting:
         """As Transport's. The tensors are copied at once, but must not change until `result` all the same."""
         self._acquaint(group)
         layout = Layout(_values(tensors), _values(buffers), _values(state), compression, state_compression)
@@ -244,15 +248,20 @@ class Swarm:
         meeting = self._meetings[number] = SwarmMeeting(
             [*tensors, *buffers], state, memory, patience=patience, cancel=lambda: self._send(Cancel(number)),
             release=lambda is_sound: self._release(number, memory, is_sound),
-            met=lambda members: self._bulletin.saw(epoch, group, members))
+            met=lambda outcome: self._has_met(epoch, group, outcome))
         try:
             self._send(Meet(
                 number, RoundId(kind, epoch), tuple(group), tuple(clients.intersection(group)), float(weight), layout,
-                fingerprint, memory.number if memory else None))
+                fingerprint, memory.number if memory else None, samples))
         except AveragerLost:
             del self._meetings[number]
             raise
         return meeting
+
+    def _has_met(self, epoch: int, group: Sequence[str], outcome: Outcome) -> None:
+        self._bulletin.saw(epoch, group, set(outcome.members) - set(outcome.silent))
+        if self._receipts and any(outcome.samples.values()):
+            self._receipts.add(Receipt(epoch, outcome.group_id, outcome.samples))
 
     def offer_state(self, read: Callable[[], Mapping[str, Tensor]]) -> None:
         """Let others download what `read` returns, which must not change afterwards: copies.

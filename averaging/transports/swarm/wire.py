@@ -46,11 +46,11 @@ class Wire:
         self._run_id, self._key, self._authoriser, self._most_weight = run_id, key, authoriser, most_weight
 
     def member(self, round: RoundId, *, weight: float, mode: Mode, fingerprint: bytes,
-               layout: Layout) -> Member:
+               layout: Layout, samples: int = 0) -> Member:
         """This peer, with its signed statement."""
         statement = Statement(
             run_id=self._run_id, kind=round.kind, epoch=round.epoch, weight=weight,
-            mode=Statement.Mode.Value(mode.upper()), fingerprint=fingerprint, time=time(),
+            mode=Statement.Mode.Value(mode.upper()), fingerprint=fingerprint, time=time(), samples=samples,
             **asdict(layout)).SerializeToString()
         return self._member(SignedStatement(
             statement=statement, public_key=self._key.get_public_key().to_bytes(),
@@ -127,7 +127,8 @@ class Wire:
         _require(mode != "unknown" and len(said.fingerprint) <= LONGEST_FINGERPRINT and layout.values <= MOST_VALUES
                  and not (is_auxiliary and layout != NOTHING), "malformed statement")
         weight = 0.0 if is_auxiliary else min(said.weight, self._most_weight)
-        return Member(peer_id, weight, mode, said.fingerprint, layout, signed.SerializeToString())
+        samples = int(min(said.samples, self._most_weight)) if weight else 0  # of weight 0: not in the mean
+        return Member(peer_id, weight, mode, said.fingerprint, layout, signed.SerializeToString(), samples)
 
 
 @lru_cache(maxsize=1024)
