@@ -24,6 +24,11 @@ def contribution_words(contribution: bytes) -> bytes:
     return _words("covey contribution 1", contribution)
 
 
+def exchange_words(words: bytes) -> bytes:
+    """Signed with the authority's key by a coordinator that asks another what it knows."""
+    return _words("covey exchange 1", words)
+
+
 def _words(*parts: str | bytes) -> bytes:
     """Each with its length before it, so that no two lists of parts give the same bytes."""
     encoded = [part.encode() if isinstance(part, str) else part for part in parts]

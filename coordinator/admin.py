@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -74,17 +75,21 @@ class AdminService(AdminServicer):
             context, self._authority.ledger.members)])
 
     async def _admit(self, context: Context) -> None:
-        if self._token is None:
-            return
-        metadata = dict(context.invocation_metadata() or ())
-        if not hmac.compare_digest(str(metadata.get("authorization", "")).encode(), f"Bearer {self._token}".encode()):
-            self._authority.failures["admin token"] += 1
-            await context.abort(StatusCode.UNAUTHENTICATED, "no good admin token; expected the one in the "
-                                "coordinator's state directory. Set COVEY_ADMIN_TOKEN to it.")
+        if self._token is not None:
+            await admit(context, self._token, self._authority.failures)
 
     def _invite(self, invite: members.Invite) -> Invite:
         return Invite(code=invite.code, label=invite.label, uses_left=invite.uses_left, expires=invite.expires,
                       revoked=invite.revoked, used=invite.used, link=self._link(invite.code))
+
+
+async def admit(context: Context, token: str, failures: Counter[str]) -> None:
+    """Go on only with the admin token. UNAUTHENTICATED: without it, which is counted."""
+    shown = str(dict(context.invocation_metadata() or ()).get("authorization", ""))
+    if not hmac.compare_digest(shown.encode(), f"Bearer {token}".encode()):
+        failures["admin token"] += 1
+        await context.abort(StatusCode.UNAUTHENTICATED, "no good admin token; expected the one in the coordinator's "
+                            "state directory. Set COVEY_ADMIN_TOKEN to it.")
 
 
 async def _answer(context: Context, ask: Callable[..., Result], *arguments: Any, **named: Any) -> Result:

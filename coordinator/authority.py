@@ -135,11 +135,15 @@ class Authority:
 
     def sign_experiment(self, document: bytes) -> bytes:
         """The authority's signature of it."""
-        return bytes(self._key.sign(experiment_words(self.run_id, document)))
+        return self.sign(experiment_words(self.run_id, document))
 
     def sign_contribution(self, contribution: bytes) -> bytes:
         """The authority's signature of it."""
-        return bytes(self._key.sign(contribution_words(contribution)))
+        return self.sign(contribution_words(contribution))
+
+    def sign(self, words: bytes) -> bytes:
+        """By the authority's key."""
+        return bytes(self._key.sign(words))
 
     def close(self) -> None:
         """Let go of the ledgers."""
@@ -215,7 +219,7 @@ class Authority:
                     peer_ids=[order.peer_id for order in banned], times=[order.time for order in banned],
                     lifted=[order.peer_id for order in lifted], lifted_times=[order.time for order in lifted])
         words = bans.SerializeToString()
-        self.ban_file.offer(SignedBans(bans=words, signature=self._key.sign(bans_words(words))).SerializeToString())
+        self.ban_file.offer(SignedBans(bans=words, signature=self.sign(bans_words(words))).SerializeToString())
 
 
 def _orders(bans: Bans) -> dict[str, BanFact]:

@@ -1,4 +1,4 @@
-"""The coordinator's process: first node of the DHT, notary of one experiment, and window on its swarm.
+"""A coordinator's process: node of the DHT to start from, notary of one experiment, and window on its swarm.
 
 It keeps nothing that training needs: peers go on without it, and a restart on the same state directory and
 ports is the same node with the same link.
@@ -11,22 +11,25 @@ import uvloop
 
 from averaging.experiment import Experiment, run_id
 from coordinator.ports import check_hosts, free_port, reachable_host
+from coordinator.standby import keep_experiment, take_over
 from coordinator.state_dir import open_state_dir
 from coordinator.tls import own_certificate, read_certificate
+from proto.replica_pb2 import HandoverReply
 from training.errors import BadInput
 
 
 def run_coordinator(experiment: Experiment, *, state_dir: Path, host: str = "0.0.0.0",  # noqa: S104
                     announce_host: str | None = None, p2p_port: int = 31337, grpc_port: int = 31338,
                     http_port: int = 31339, is_open: bool = False, token_hours: float | None = None,
-                    tls_files: tuple[Path | None, Path | None] = (None, None), json_output: bool = False) -> None:
+                    tls_files: tuple[Path | None, Path | None] = (None, None), json_output: bool = False,
+                    handover: HandoverReply | None = None) -> None:
     """Run the coordinator of `experiment` until SIGTERM or SIGINT; a second one ends it at once.
 
     Call it from the main thread, before anything starts threads or gRPC. It listens at `host`, tells volunteers
     to call `announce_host` (None: an address of this machine), and takes any free port for 0. `is_open`: anyone may
-    enrol. `tls_files`: the operator's certificate and its key. Prints where it can be reached, as text or as one line
-    of JSON. Raises BadInput before anything is started; exits with status 1 if its DHT node dies, so that a supervisor
-    starts it again.
+    enrol. `tls_files`: the operator's certificate and its key. `handover`: what another coordinator of the run gave,
+    for a state directory that is none's yet. Prints where it can be reached, as text or as one line of JSON. Raises
+    BadInput before anything is started; exits with status 1 if its DHT node dies, so that a supervisor starts it again.
     """
     check_hosts(host, announce_host)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
@@ -35,6 +38,9 @@ def run_coordinator(experiment: Experiment, *, state_dir: Path, host: str = "0.0
         raise BadInput("one of --tls-cert and --tls-key", expected="both, or neither", mend="Give the other too.")
     run = run_id(experiment)
     with open_state_dir(state_dir, role="coordinator", run_id=run) as folder:
+        if handover:
+            take_over(handover, folder, run)
+        keep_experiment(folder, experiment)
         certificate = (read_certificate(certificate_file, key_file) if certificate_file and key_file
                        else own_certificate(folder))
         for port, purpose in ((grpc_port, "gRPC"), (http_port, "HTTP")):

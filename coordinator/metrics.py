@@ -16,7 +16,8 @@ from coordinator.credit_ledger import Leaderboard
 from coordinator.swarm import Counters, SwarmState
 from coordinator.view import About, is_fresh
 
-FAILURES = ("admin token", "banned", "clock", "invite", "key", "rate", "signature")  # of coordinator.authority
+# of coordinator.authority and coordinator.replica
+FAILURES = ("admin token", "banned", "clock", "invite", "key", "rate", "replica", "signature")
 FIGURES = {"knn_accuracy": "k-NN accuracy of the newest evaluated checkpoint's backbone.",
            "top1_accuracy": "Top-1 accuracy of the newest evaluated checkpoint.",
            "top5_accuracy": "Top-5 accuracy of the newest evaluated checkpoint.",
@@ -53,18 +54,37 @@ class SwarmCollector(Collector):
             yield from _gauges(state)
 
 
+class ReplicaCollector(Collector):
+    """How far this coordinator is in step with the others of its run: `heard()`, for each, few as they are."""
+
+    def __init__(self, heard: Callable[[], Mapping[str, float]]) -> None:
+        self.heard = heard
+
+    def collect(self) -> Iterator[Metric]:
+        """One scrape."""
+        family = GaugeMetricFamily("covey_replica_last_success_timestamp_seconds",
+                                   "Unix time at which another coordinator of the run last told what it knows; 0: not "
+                                   "since the start.", labels=["coordinator"])
+        for address, time_seconds in self.heard().items():
+            family.add_metric([address], time_seconds)
+        yield family
+
+
 def coordinator_registry(state: Callable[[], SwarmState], about: About, clock: Callable[[], float] = time.time, *,
                          failures: Mapping[str, int] = MappingProxyType({}),
                          archive: Callable[[], Archive | None] = lambda: None,
+                         replicas: Callable[[], Mapping[str, float]] = dict,
                          before: SwarmState = ANEW,
                          leaderboard: Callable[[], Leaderboard] = Leaderboard) -> CollectorRegistry:
     """A registry of its own with the swarm's metrics; `clock` gives Unix seconds, `failures` who was not let in.
 
-    `before` is the state that the process began with.
+    `replicas()` is when the other coordinators were last heard, by HOST:PORT. `before` is the state that the process
+    began with.
     """
     registry = CollectorRegistry()
     registry.register(SwarmCollector(state, about, failures, archive=archive, clock=clock, before=before,
                                      leaderboard=leaderboard))
+    registry.register(ReplicaCollector(replicas))
     return registry
 
 

@@ -61,7 +61,7 @@ def running_node(run_id: str, authority: Authority, folder: Path, *, host: str, 
         authorizer=member, host_maddrs=[multiaddress(host, port)],
         announce_maddrs=[multiaddress(announce_host, port)] if announce_host else [])
     try:
-        dht = _among(recall_peers(known_peers), start) or start()
+        dht = _among([*recall_peers(known_peers), *_others(authority)], start) or start()
     except (P2PDaemonError, TimeoutError) as error:
         raise SystemExit(f"covey: the DHT node at {host}:{port} did not start: {str(error) or 'too slow'}") from None
     Thread(target=keep_bans, args=(dht, run_id, authority.ban_file, over), name="bans", daemon=True).start()
@@ -73,6 +73,11 @@ def running_node(run_id: str, authority: Authority, folder: Path, *, host: str, 
     finally:
         over.set()
         _stop(dht)
+
+
+def _others(authority: Authority) -> list[str]:
+    """Where the other coordinators' nodes were."""
+    return [address for fact in authority.ledger.facts().coordinators.values() for address in fact.addresses.split()]
 
 
 def _among(peers: list[str], start: Callable[..., DHT]) -> DHT | None:

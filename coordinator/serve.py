@@ -5,6 +5,7 @@ import json
 import logging
 import random
 import signal
+import sqlite3
 import time
 from collections.abc import Callable, Collection
 from contextlib import AsyncExitStack, suppress
@@ -23,16 +24,19 @@ from coordinator.crediting import Crediting
 from coordinator.events import Feed
 from coordinator.follow import SwarmFollower, under_enrolled_names
 from coordinator.http import coordinator_app, serve_http
-from coordinator.link import Link, bracketed
+from coordinator.in_step import InStep
+from coordinator.link import Link, bracketed, parse_link
 from coordinator.metrics import coordinator_registry
 from coordinator.node import Node
 from coordinator.past import PastFile
+from coordinator.replica import Own, ReplicaService, heard_lately, others
 from coordinator.service import CoordinatorService, bind_grpc, start_grpc
 from coordinator.swarm import SwarmState
 from coordinator.tls import Certificate
 from coordinator.view import INVITE, About, swarm_json, view
 from proto.authority_pb2_grpc import add_AdminServicer_to_server
 from proto.coordinator_pb2 import EnrolReply
+from proto.replica_pb2_grpc import add_ReplicaServicer_to_server
 from proto.swarm_pb2 import SwarmSnapshot
 
 POLL_SECONDS = 1.0  # between two readings of the records
@@ -63,22 +67,31 @@ async def serve(experiment: Experiment, authority: Authority, certificate: Certi
     def link(invite: str) -> str:
         return str(Link(link_host, grpc_port, run, certificate.fingerprint, invite))
 
+    own = Own(node.peer_id, parse_link(link("")), node.addresses)
+    in_step = InStep(authority, own)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(server.stop, GRACE_SECONDS)
         about = About(run, link("" if authority.is_open else INVITE), VERSION, averaging.target_batch_size,
                       averaging.target_group_size, AVERAGED[averaging.strategy])
         feed = Feed(_newest(follower, about, crediting))
         registry = coordinator_registry(lambda: follower.state, about, failures=authority.failures, before=before,
-                                        leaderboard=lambda: crediting.leaderboard)
+                                        replicas=lambda: in_step.heard, leaderboard=lambda: crediting.leaderboard)
         app = coordinator_app(lambda: follower.state, about, registry, history=lambda: follower.history, feed=feed,
                               leaderboard=lambda: crediting.leaderboard)
         http_port = await stack.enter_async_context(serve_http(app, host, http_port))
         stack.callback(feed.close)  # before the server, which waits for open requests
         url = f"http://{bracketed(link_host)}:{http_port}"
         offer = _offer(experiment, authority, dashboard_url=f"{url}/")
+
+        def complete() -> EnrolReply:
+            return _with_addresses(offer, authority, own, follower.state)
+
         add_AdminServicer_to_server(AdminService(authority, link, node.publish_bans, admin_token(folder)), server)
+        add_ReplicaServicer_to_server(ReplicaService(
+            authority, own, document=offer.experiment, folder=folder, token=admin_token(folder), version=VERSION,
+            initial_peers=lambda: complete().initial_peers), server)
         await start_grpc(server, CoordinatorService(
-            authority, lambda: _with_addresses(offer, authority, node.addresses, follower.state), VERSION,
+            authority, complete, VERSION,
             lambda: SwarmSnapshot(**view(follower.state, about, leaderboard=crediting.leaderboard)),
             lambda: crediting.leaderboard))
         await stack.enter_async_context(serve_admin(
@@ -87,6 +100,7 @@ async def serve(experiment: Experiment, authority: Authority, certificate: Certi
         _announce(None if invite is None else link(invite), url, node.peer_id, folder, json_output)
         stack.callback(follower.keep)
         stack.callback(asyncio.create_task(crediting.keep()).cancel)
+        stack.callback(asyncio.create_task(in_step.keep(stop)).cancel)
         await _follow(follower, authority, node, stop, lambda: feed.publish(_newest(follower, about, crediting)))
         logger.info("stopping")
 
@@ -99,12 +113,15 @@ def _offer(experiment: Experiment, authority: Authority, *, dashboard_url: str) 
                       experiment_signature=authority.sign_experiment(document))
 
 
-def _with_addresses(offer: EnrolReply, authority: Authority, own: list[str], state: SwarmState) -> EnrolReply:
-    """... and what does not: several addresses, so that a newcomer gets in while one of us is away."""
+def _with_addresses(offer: EnrolReply, authority: Authority, own: Own, state: SwarmState) -> EnrolReply:
+    """... and what does not: several addresses, so that a newcomer gets in, and stays, while one of us is away."""
     reply = EnrolReply()
     reply.CopyFrom(offer)
     reachable = [peer.record.addresses[0] for peer in state.peers.values() if peer.record.addresses]
-    reply.initial_peers.extend([*own, *random.sample(reachable, min(BOOTSTRAP, len(reachable)))])
+    lately = heard_lately(others(authority.ledger.facts(), own), time.time())
+    reply.initial_peers.extend([*own.addresses, *(address for other in lately for address in other.addresses.split()),
+                                *random.sample(reachable, min(BOOTSTRAP, len(reachable)))])
+    reply.coordinators.extend([str(own.link), *(other.link for other in lately)])
     reply.bans = authority.ban_file.newest().signed
     return reply
 
@@ -136,8 +153,11 @@ async def _follow(follower: SwarmFollower, authority: Authority, node: Node, sto
             logger.error("the DHT node died; exiting, so that whoever supervises this process starts it again")
             raise SystemExit(1)
         await follower.refresh()
-        if await asyncio.to_thread(authority.tend_bans):
-            node.publish_bans()
+        try:
+            if await asyncio.to_thread(authority.tend_bans):
+                node.publish_bans()
+        except (OSError, sqlite3.Error) as error:  # a full disk: the last list stands
+            logger.warning("the list of bans could not be signed: %s", error)
         known = _remember(node, follower.state, known)
         publish()  # also after a reading that failed: the page then says how old its figures are
         with suppress(TimeoutError):

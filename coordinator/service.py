@@ -69,10 +69,10 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServicer):
             await context.abort(
                 StatusCode.NOT_FOUND, f"experiment {request.run_id[:64]!r} is not run here; expected "
                 f"{offer.run_id}. The link is stale: ask the operator for a new one.")
-        if _compatible(request.version) != _compatible(self.version):
+        if compatible(request.version) != compatible(self.version):
             await context.abort(
                 StatusCode.FAILED_PRECONDITION, f"covey {request.version[:64]!r} can't join; expected "
-                f"{'.'.join(_compatible(self.version))}. Install that version.")
+                f"{'.'.join(compatible(self.version))}. Install that version.")
         if not 1 <= len(request.name) <= 64 or not request.name.isprintable():
             await context.abort(
                 StatusCode.INVALID_ARGUMENT, f"name {request.name[:64]!r}; expected 1 to 64 printable "
@@ -150,6 +150,6 @@ def _is_ours(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], DecodeError))
 
 
-def _compatible(version: str) -> tuple[str, ...]:
-    # major.minor: patches don't change what peers agree on
+def compatible(version: str) -> tuple[str, ...]:
+    """Major and minor: patches don't change what peers agree on."""
     return tuple(version.split(".")[:2])

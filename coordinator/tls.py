@@ -24,6 +24,7 @@ from training.errors import BadInput
 
 YEARS = 20
 NAME = "covey"
+LONGEST_REPLY = 4 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,10 @@ def self_signed() -> Certificate:
                        certificate.public_bytes(Encoding.PEM))
 
 
-async def connect(link: Link, *, timeout_seconds: float) -> grpc.aio.Channel:
+async def connect(link: Link, *, timeout_seconds: float, longest_reply: int = LONGEST_REPLY) -> grpc.aio.Channel:
     """A channel to the holder of the certificate that `link` names, and to nobody else; to be closed.
 
-    Raises BadInput if nobody answers there, or somebody with another certificate.
+    `longest_reply`: bytes. Raises BadInput if nobody answers there, or somebody with another certificate.
     """
     try:
         pem = await asyncio.to_thread(ssl.get_server_certificate, (link.host, link.port), timeout=timeout_seconds)
@@ -107,7 +108,7 @@ async def connect(link: Link, *, timeout_seconds: float) -> grpc.aio.Channel:
                        "the coordinator was set up anew: ask the operator for a fresh link.")
     return grpc.aio.secure_channel(link.address, grpc.ssl_channel_credentials(pem.encode()), options=[
         ("grpc.ssl_target_name_override", _name(x509.load_der_x509_certificate(der))),
-        ("grpc.default_authority", NAME)])
+        ("grpc.default_authority", NAME), ("grpc.max_receive_message_length", longest_reply)])
 
 
 class Unreachable(BadInput):

@@ -99,7 +99,12 @@ def demo(overrides: Overrides = None,
 
 @app.command()
 def coordinator(
-        recipe: RecipeName, overrides: Overrides = None,
+        recipe: Annotated[str | None, typer.Argument(
+            help="A recipe that `covey recipes` lists, or a .toml file; none with --join.")] = None,
+        overrides: Overrides = None,
+        standing_by: Annotated[str | None, typer.Option(
+            "--join", metavar="LINK", help="Stand by another coordinator of yours, whose link this is and whose admin "
+            "token COVEY_ADMIN_TOKEN holds: all goes on when either dies.")] = None,
         state_dir: Annotated[Path | None, typer.Option(help="folder of its identity and lock: with the same one "
                                                        "it comes back as the same node")] = None,
         listen: Annotated[str, typer.Option(help="host name or IP address to listen at")] = "0.0.0.0",  # noqa: S104
@@ -115,13 +120,23 @@ def coordinator(
             help="your own certificate for gRPC, PEM; default: one is made")] = None,
         tls_key: Annotated[Path | None, typer.Option(help="its key, PEM")] = None,
         as_json: Json = False) -> None:
-    """Start the first node of an experiment; prints the join link and the status page's address."""
+    """Start the first node of an experiment, or one more; prints the join link and the status page's address."""
     from platformdirs import user_state_path
 
+    if (recipe is None) == (standing_by is None):
+        raise BadInput("neither a recipe nor --join" if recipe is None else "a recipe and --join", expected="one of "
+                       "them: a run of your own, or another coordinator's", mend="`covey recipes` lists recipes.")
     from averaging.experiment import load_experiment, run_id
-    experiment = load_experiment(recipe, overrides or [])
     from coordinator.coordinator import run_coordinator
-    run_coordinator(experiment, state_dir=state_dir or user_state_path("covey") / "coordinator" / run_id(experiment),
+    from coordinator.link import parse_link
+    from coordinator.standby import stand_by
+    folder, handover = user_state_path("covey") / "coordinator", None
+    if standing_by is not None:
+        link = parse_link(standing_by)
+        experiment, handover = stand_by(link, state_dir or folder / link.run_id)
+    else:
+        experiment = load_experiment(recipe or "", overrides or [])
+    run_coordinator(experiment, state_dir=state_dir or folder / run_id(experiment), handover=handover,
                     host=listen, announce_host=announce_host, p2p_port=port, grpc_port=grpc_port,
                     http_port=http_port, is_open=is_open, token_hours=token_hours, tls_files=(tls_cert, tls_key),
                     json_output=as_json)

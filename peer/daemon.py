@@ -22,7 +22,7 @@ from coordinator.state_dir import open_state_dir
 from coordinator.tls import Unreachable
 from peer.config import PeerConfig
 from peer.control import serve_control, socket_path
-from peer.enrol import Enrolment, enrol, recall
+from peer.enrol import Enrolment, enrol_anywhere, recall
 from peer.http import peer_app
 from peer.job import Job, keep_membership, write_job
 from peer.membership import stay
@@ -59,11 +59,13 @@ async def volunteer(link: Link, options: Mapping[str, Any], observer: Observer) 
 
 
 async def enrol_or_recall(link: Link, config: PeerConfig, key: RSAPrivateKey) -> Enrolment:
-    """Enrol; while the coordinator is away, who was a member goes on with what it said last. Raises BadInput."""
+    """Enrol, with the link's coordinator or another that is known from the last time; while all are away, who was a
+    member goes on with what it was told then. Raises BadInput."""
+    last = recall(link, config)
     try:
-        return await enrol(link, config.name, key)
+        return await enrol_anywhere(link, last.coordinators if last else (), config.name, key)
     except Unreachable as error:
-        if (last := recall(link, config)) is None:
+        if last is None:
             raise
         print(f"covey: {error} Until then, this peer goes on with what it said last.", file=sys.stderr)
         return last
@@ -74,6 +76,7 @@ def prepare(enrolment: Enrolment, config: PeerConfig) -> Job:
     _check(enrolment, config)
     job = Job(run_id=enrolment.run_id, fingerprint=enrolment.fingerprint, experiment=enrolment.document,
               authority=enrolment.authority.decode(), initial_peers=list(enrolment.initial_peers),
+              coordinators=[str(link) for link in enrolment.coordinators],
               config=config.model_copy(update={"name": enrolment.name}))
     keep_membership(job, enrolment.token, enrolment.bans)
     write_job(job)

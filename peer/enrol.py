@@ -1,7 +1,9 @@
 """Enrolment: the coordinator lets this volunteer in, and all that it says is checked against the link."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import grpc
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
@@ -10,17 +12,18 @@ from averaging.experiment import Experiment, fingerprint, parse
 from averaging.identity import is_signed, public_bytes, sign
 from averaging.membership import enrolment_words, experiment_words
 from averaging.version import VERSION
-from coordinator.link import MEND, Link
-from coordinator.tls import connect, unreachable
+from coordinator.calls import explain, one_line
+from coordinator.link import MEND, Link, parse_link
+from coordinator.tls import Unreachable, connect
 from peer.config import PeerConfig
 from peer.job import ban_file, read_job, read_token
-from peer.plain import one_line
 from proto.coordinator_pb2 import EnrolReply, EnrolRequest
 from proto.coordinator_pb2_grpc import CoordinatorStub
 from training.errors import BadInput
 
 TIMEOUT_SECONDS = 15.0
 GUESS_SECONDS = 86400.0
+MOST_COORDINATORS = 8
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,20 @@ class Enrolment:
     expires: float   # the token, Unix seconds
     authority: bytes  # public key
     bans: bytes      # signed; empty: nobody was ever banned
+    coordinators: tuple[Link, ...] = ()  # all that may be asked the next time, without an invite
+
+
+async def enrol_anywhere(link: Link, others: Iterable[Link], name: str, key: RSAPrivateKey, *,
+                         timeout_seconds: float = TIMEOUT_SECONDS) -> Enrolment:
+    """As `enrol` with the coordinator behind `link`, or else with the first of the `others` that lets this volunteer
+    in, all by the link's invite. Raises BadInput, Unreachable if none of them can be reached."""
+    complaints = list[BadInput]()
+    for asked in dict.fromkeys((link, *(replace(other, invite=link.invite) for other in others))):
+        try:
+            return await enrol(asked, name, key, timeout_seconds=timeout_seconds)
+        except BadInput as error:
+            complaints.append(error)
+    raise next((error for error in complaints if not isinstance(error, Unreachable)), complaints[0])
 
 
 async def enrol(link: Link, name: str, key: RSAPrivateKey, *, timeout_seconds: float = TIMEOUT_SECONDS) -> Enrolment:
@@ -72,7 +89,7 @@ def recall(link: Link, config: PeerConfig) -> Enrolment | None:
         return None
     return Enrolment(job.run_id, parse(job.experiment), job.experiment, job.fingerprint, tuple(job.initial_peers), "",
                      job.config.name, token, time.time() + GUESS_SECONDS, job.authority.encode(),
-                     ban_file(job).newest().signed)
+                     ban_file(job).newest().signed, links(job.run_id, job.coordinators))
 
 
 def check(link: Link, reply: EnrolReply) -> Enrolment:
@@ -90,22 +107,13 @@ def check(link: Link, reply: EnrolReply) -> Enrolment:
                        mend="Ask the operator.")
     return Enrolment(link.run_id, parse(reply.experiment), reply.experiment, actual, tuple(reply.initial_peers),
                      reply.dashboard_url, one_line(reply.name), reply.token, reply.token_expires, reply.authority,
-                     reply.bans)
+                     reply.bans, links(link.run_id, reply.coordinators))
 
 
-def explain(link: Link, error: grpc.aio.AioRpcError) -> BadInput:
-    """A failed call to a coordinator, in a user's words."""
-    details = one_line(error.details() or "")
-    match error.code():
-        case grpc.StatusCode.DEADLINE_EXCEEDED:
-            return unreachable(link, details)
-        case grpc.StatusCode.UNAVAILABLE if "; expected " not in details:
-            return unreachable(link, details)
-        case _ if "; expected " in details:  # a coordinator's errors are worded as ours
-            found, _, rest = details.partition("; expected ")
-            expected, _, mend = rest.partition(". ")
-            return BadInput(f"{link.address} refuses: {found}", expected=expected,
-                            mend=mend or "The link may be stale: ask the operator for a fresh one.")
-        case code:
-            return BadInput(f"{link.address} answers {code.name} ({details})", expected="a coordinator that "
-                            "this version of covey knows", mend="Check the link and both versions.")
+def links(run_id: str, texts: Iterable[str]) -> tuple[Link, ...]:
+    """The first few of these that are links of the run; what is none, a later version may know."""
+    found = list[Link]()
+    for text in texts:
+        with suppress(BadInput):
+            found.append(parse_link(text))
+    return tuple(link for link in found if link.run_id == run_id)[:MOST_COORDINATORS]

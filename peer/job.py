@@ -1,6 +1,7 @@
 """What a daemon hands to its worker, by files in the state directory.
 
-The daemon writes `job.json`, `experiment.json`, `token` and `bans`, renews the last two, and runs
+The daemon writes `job.json`, `experiment.json`, `token` and `bans`, renews the last two (`job.json` where there are
+other coordinators than before), and runs
 
     python -m peer.worker STATE_DIR --events-fd N --parent-pid PID
 
@@ -28,6 +29,7 @@ class Job(Config):
     fingerprint: str = Field(description="SHA-256 of `experiment`, hexadecimal")
     authority: str = Field(description="public key of the run's authority, in OpenSSH's format")
     initial_peers: list[str] = Field(description="multiaddresses of DHT nodes to start from")
+    coordinators: list[str] = Field([], description="links of all that let volunteers in, as of the last enrolment")
     experiment: bytes = Field(exclude=True, description="the experiment as canonical JSON: "
                               "averaging.experiment.parse() makes an Experiment of it")
     config: PeerConfig = Field(description="what this volunteer decided")

@@ -1,6 +1,5 @@
 """The operator's commands: invites, members and bans, asked of a coordinator of this machine or of one far away."""
 
-import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -14,10 +13,11 @@ from rich.table import Table
 
 from averaging.runtime import runtime_dir
 from coordinator.admin_socket import SUFFIX, admin_socket
+from coordinator.calls import admin_metadata, explain, one_line
 from coordinator.link import parse_link
 from coordinator.tls import connect
-from peer.enrol import TIMEOUT_SECONDS, explain
-from peer.plain import one_line, plain
+from peer.enrol import TIMEOUT_SECONDS
+from peer.plain import plain
 from proto.authority_pb2 import (
     BanRequest,
     Invite,
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     from proto.authority_pb2_grpc import AdminAsyncStub
 
-TOKEN = "COVEY_ADMIN_TOKEN"  # noqa: S105 - a variable's name
 UNITS = {"m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -79,13 +78,9 @@ class Operator:
 
     @asynccontextmanager
     async def _admin(self) -> AsyncIterator[tuple["AdminAsyncStub", Sequence[tuple[str, str]]]]:
-        metadata = []
+        metadata: list[tuple[str, str]] = []
         if self._link:
-            token = os.environ.get(TOKEN, "").strip()
-            if not token or not (token.isascii() and token.isprintable()):  # gRPC can't send what is not
-                raise BadInput(f"no {'good ' if token else ''}{TOKEN} in the environment", expected="the admin token",
-                               mend="The file admin.token in the coordinator's state directory has it.")
-            metadata = [("authorization", f"Bearer {token}")]
+            metadata = admin_metadata()
             channel = await connect(self._link, timeout_seconds=TIMEOUT_SECONDS)
         else:
             channel = grpc.aio.insecure_channel(f"unix:{self._socket()}")

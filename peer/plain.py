@@ -1,4 +1,4 @@
-"""What comes from elsewhere, made plain: messages for JSON, strangers' text for a terminal."""
+"""Messages made plain, for JSON."""
 
 from typing import Any
 
@@ -19,8 +19,3 @@ def _value(message: Message, field: Any) -> Any:
     if field.has_presence and not message.HasField(field.name):
         return None
     return plain(value) if field.message_type else value
-
-
-def one_line(text: str, limit: int = 300) -> str:
-    """Text of a stranger that can't act on a terminal: no control characters, no line breaks, not long."""
-    return "".join(character if character.isprintable() else " " for character in text[:limit])

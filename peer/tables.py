@@ -7,7 +7,7 @@ from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 
-from peer.plain import one_line
+from coordinator.calls import one_line
 from peer.progress import counts
 from proto.peer_pb2 import PeerStatus
 from proto.swarm_pb2 import PeerRow, RoundCounts, SwarmSnapshot

@@ -12,9 +12,10 @@ import grpc
 from rich.console import Console, RenderableType
 from rich.live import Live
 
+from coordinator.calls import explain
 from coordinator.link import MEND, Link
 from coordinator.tls import connect
-from peer.enrol import TIMEOUT_SECONDS, explain
+from peer.enrol import TIMEOUT_SECONDS
 from peer.local import local_peers
 from peer.plain import plain
 from peer.tables import peers_list, swarm_table

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from proto import swarm_pb2 as proto_dot_swarm__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17proto/coordinator.proto\x12\x08\x63ovey.v1\x1a\x11proto/swarm.proto\"\x82\x01\n\x0c\x45nrolRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06invite\x18\x04 \x01(\t\x12\x12\n\npublic_key\x18\x05 \x01(\x0c\x12\x0c\n\x04time\x18\x06 \x01(\x01\x12\x11\n\tsignature\x18\x07 \x01(\x0c\"\xe6\x01\n\nEnrolReply\x12\x12\n\nexperiment\x18\x01 \x01(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0e\n\x06run_id\x18\x03 \x01(\t\x12\x15\n\rinitial_peers\x18\x04 \x03(\t\x12\x15\n\rdashboard_url\x18\x05 \x01(\t\x12\x0c\n\x04name\x18\x06 \x01(\t\x12\r\n\x05token\x18\x07 \x01(\x0c\x12\x15\n\rtoken_expires\x18\x08 \x01(\x01\x12\x11\n\tauthority\x18\t \x01(\x0c\x12\x1c\n\x14\x65xperiment_signature\x18\n \x01(\x0c\x12\x0c\n\x04\x62\x61ns\x18\x0b \x01(\x0c\"(\n\x0cWatchRequest\x12\x18\n\x10interval_seconds\x18\x01 \x01(\x01\"!\n\x0e\x43reditsRequest\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\"=\n\x12SignedContribution\x12\x14\n\x0c\x63ontribution\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x32\xc3\x01\n\x0b\x43oordinator\x12\x35\n\x05\x45nrol\x12\x16.covey.v1.EnrolRequest\x1a\x14.covey.v1.EnrolReply\x12:\n\x05Watch\x12\x16.covey.v1.WatchRequest\x1a\x17.covey.v1.SwarmSnapshot0\x01\x12\x41\n\x07\x43redits\x12\x18.covey.v1.CreditsRequest\x1a\x1c.covey.v1.SignedContributionb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17proto/coordinator.proto\x12\x08\x63ovey.v1\x1a\x11proto/swarm.proto\"\x82\x01\n\x0c\x45nrolRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x0e\n\x06invite\x18\x04 \x01(\t\x12\x12\n\npublic_key\x18\x05 \x01(\x0c\x12\x0c\n\x04time\x18\x06 \x01(\x01\x12\x11\n\tsignature\x18\x07 \x01(\x0c\"\xfc\x01\n\nEnrolReply\x12\x12\n\nexperiment\x18\x01 \x01(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0e\n\x06run_id\x18\x03 \x01(\t\x12\x15\n\rinitial_peers\x18\x04 \x03(\t\x12\x15\n\rdashboard_url\x18\x05 \x01(\t\x12\x0c\n\x04name\x18\x06 \x01(\t\x12\r\n\x05token\x18\x07 \x01(\x0c\x12\x15\n\rtoken_expires\x18\x08 \x01(\x01\x12\x11\n\tauthority\x18\t \x01(\x0c\x12\x1c\n\x14\x65xperiment_signature\x18\n \x01(\x0c\x12\x0c\n\x04\x62\x61ns\x18\x0b \x01(\x0c\x12\x14\n\x0c\x63oordinators\x18\x0c \x03(\t\"(\n\x0cWatchRequest\x12\x18\n\x10interval_seconds\x18\x01 \x01(\x01\"!\n\x0e\x43reditsRequest\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\"=\n\x12SignedContribution\x12\x14\n\x0c\x63ontribution\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\x32\xc3\x01\n\x0b\x43oordinator\x12\x35\n\x05\x45nrol\x12\x16.covey.v1.EnrolRequest\x1a\x14.covey.v1.EnrolReply\x12:\n\x05Watch\x12\x16.covey.v1.WatchRequest\x1a\x17.covey.v1.SwarmSnapshot0\x01\x12\x41\n\x07\x43redits\x12\x18.covey.v1.CreditsRequest\x1a\x1c.covey.v1.SignedContributionb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,13 +35,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENROLREQUEST']._serialized_start=57
   _globals['_ENROLREQUEST']._serialized_end=187
   _globals['_ENROLREPLY']._serialized_start=190
-  _globals['_ENROLREPLY']._serialized_end=420
-  _globals['_WATCHREQUEST']._serialized_start=422
-  _globals['_WATCHREQUEST']._serialized_end=462
-  _globals['_CREDITSREQUEST']._serialized_start=464
-  _globals['_CREDITSREQUEST']._serialized_end=497
-  _globals['_SIGNEDCONTRIBUTION']._serialized_start=499
-  _globals['_SIGNEDCONTRIBUTION']._serialized_end=560
-  _globals['_COORDINATOR']._serialized_start=563
-  _globals['_COORDINATOR']._serialized_end=758
+  _globals['_ENROLREPLY']._serialized_end=442
+  _globals['_WATCHREQUEST']._serialized_start=444
+  _globals['_WATCHREQUEST']._serialized_end=484
+  _globals['_CREDITSREQUEST']._serialized_start=486
+  _globals['_CREDITSREQUEST']._serialized_end=519
+  _globals['_SIGNEDCONTRIBUTION']._serialized_start=521
+  _globals['_SIGNEDCONTRIBUTION']._serialized_end=582
+  _globals['_COORDINATOR']._serialized_start=585
+  _globals['_COORDINATOR']._serialized_end=780
 # @@protoc_insertion_point(module_scope)

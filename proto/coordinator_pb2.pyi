@@ -77,6 +77,7 @@ class EnrolReply(_message.Message):
     AUTHORITY_FIELD_NUMBER: _builtins.int
     EXPERIMENT_SIGNATURE_FIELD_NUMBER: _builtins.int
     BANS_FIELD_NUMBER: _builtins.int
+    COORDINATORS_FIELD_NUMBER: _builtins.int
     experiment: _builtins.bytes
     """The experiment as canonical JSON, byte for byte what the fingerprint covers."""
     fingerprint: _builtins.str
@@ -100,6 +101,10 @@ class EnrolReply(_message.Message):
     def initial_peers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """multiaddresses of DHT nodes to start from"""
 
+    @_builtins.property
+    def coordinators(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """links of all that let volunteers into this run, without an invite"""
+
     def __init__(
         self,
         *,
@@ -114,10 +119,11 @@ class EnrolReply(_message.Message):
         authority: _builtins.bytes = ...,
         experiment_signature: _builtins.bytes = ...,
         bans: _builtins.bytes = ...,
+        coordinators: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["authority", b"authority", "bans", b"bans", "dashboard_url", b"dashboard_url", "experiment", b"experiment", "experiment_signature", b"experiment_signature", "fingerprint", b"fingerprint", "initial_peers", b"initial_peers", "name", b"name", "run_id", b"run_id", "token", b"token", "token_expires", b"token_expires"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authority", b"authority", "bans", b"bans", "coordinators", b"coordinators", "dashboard_url", b"dashboard_url", "experiment", b"experiment", "experiment_signature", b"experiment_signature", "fingerprint", b"fingerprint", "initial_peers", b"initial_peers", "name", b"name", "run_id", b"run_id", "token", b"token", "token_expires", b"token_expires"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 CONTRACTS = tuple(f"proto/{name}.proto" for name in (
-    "swarm", "coordinator", "authority", "identity", "peer", "receipts", "round"))
-SERVICES = ("proto/coordinator.proto", "proto/authority.proto", "proto/peer.proto")
+    "swarm", "coordinator", "authority", "replica", "identity", "peer", "receipts", "round"))
+SERVICES = ("proto/coordinator.proto", "proto/authority.proto", "proto/replica.proto", "proto/peer.proto")
 
 
 def generate(directory: Path) -> set[Path]:

@@ -54,7 +54,8 @@ def a_coordinator() -> CollectorRegistry:
         sketch=bytes(136)), heard=0.0) for name in ("ada", "grace")}
     state = SwarmState(peers=peers, epoch=1)
     archive = Archive(epoch=1, evaluations=(Evaluation(1, dict.fromkeys(FIGURES, 0.5)),))
-    return coordinator_registry(lambda: state, about, clock=lambda: 0.0, archive=lambda: archive)
+    return coordinator_registry(lambda: state, about, clock=lambda: 0.0, archive=lambda: archive,
+                                replicas=lambda: {"host:31338": 0.0})
 
 
 def a_peer() -> CollectorRegistry:

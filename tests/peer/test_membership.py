@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, redirect_stderr, suppress
 from datetime import datetime
 from io import StringIO
@@ -27,8 +27,8 @@ from coordinator.link import Link
 from coordinator.service import CoordinatorService, bind_grpc, start_grpc
 from coordinator.tls import Certificate, own_certificate
 from peer.config import PeerConfig
-from peer.enrol import Enrolment, enrol
-from peer.job import Job, ban_file, keep_membership, read_token
+from peer.enrol import Enrolment, enrol, enrol_anywhere
+from peer.job import Job, ban_file, keep_membership, read_job, read_token, write_job
 from peer.membership import stay
 from proto.coordinator_pb2 import EnrolReply, EnrolRequest
 from proto.swarm_pb2 import SwarmSnapshot
@@ -72,15 +72,15 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer.membership, "SOONEST_SECONDS", 0.05)
 
 
-async def serve(authority: Authority, experiment: Experiment, certificate: Certificate,
-                port: int = 0) -> tuple[aio.Server, int]:
-    """As a coordinator does, less the swarm."""
+async def serve(authority: Authority, experiment: Experiment, certificate: Certificate, port: int = 0,
+                others: Sequence[str] = ()) -> tuple[aio.Server, int]:
+    """As a coordinator does, less the swarm. `others`: links of other coordinators, that it tells of."""
     document = canonical(experiment)
 
     def offer() -> EnrolReply:
         return EnrolReply(experiment=document, fingerprint=fingerprint(document), run_id=run_id(experiment),
                           authority=authority.public_key, experiment_signature=authority.sign_experiment(document),
-                          bans=authority.ban_file.newest().signed)
+                          bans=authority.ban_file.newest().signed, coordinators=others)
     server, port = bind_grpc("127.0.0.1", port, certificate)
     await start_grpc(server, CoordinatorService(authority, offer, VERSION, SwarmSnapshot))
     return server, port
@@ -123,6 +123,7 @@ async def staying(link: Link, key: RSAPrivateKey, folder: Path) -> AsyncIterator
               authority=enrolment.authority.decode(), initial_peers=[],
               config=PeerConfig(name=enrolment.name, state_dir=folder))
     keep_membership(job, enrolment.token, enrolment.bans)
+    write_job(job)
     volunteer = Stay(job, link)
     with redirect_stderr(volunteer.stderr):
         task = asyncio.create_task(stay(link, key, job, enrolment))
@@ -188,8 +189,8 @@ def test_a_coordinator_that_is_away_is_asked_again_and_it_is_told_once(
 
     async def counted(*arguments: Any, **named: Any) -> Enrolment:
         asked.append(time.monotonic())
-        return await enrol(*arguments, **named)
-    monkeypatch.setattr(peer.membership, "enrol", counted)
+        return await enrol_anywhere(*arguments, **named)
+    monkeypatch.setattr(peer.membership, "enrol_anywhere", counted)
 
     async def story(volunteer: Stay, server: aio.Server) -> None:
         await volunteer.renewed()
@@ -206,6 +207,28 @@ def test_a_coordinator_that_is_away_is_asked_again_and_it_is_told_once(
             await again.stop(None)
         assert [line.partition(" at ")[0] for line in volunteer.told[:2]] == [
             "covey: this peer's token is not renewed: no coordinator answers", "covey: this peer's token is renewed"]
+    town(story)
+
+
+def test_one_that_came_before_there_was_a_second_coordinator_renews_there_when_the_first_is_away(
+        town: Town, authority: Authority, experiment: Experiment, certificate: Certificate) -> None:
+    async def story(volunteer: Stay, first: aio.Server) -> None:
+        others = ["later://x"]  # what only a later version knows is passed over
+        second, port = await serve(authority, experiment, certificate, others=others)
+        other = str(Link("127.0.0.1", port, run_id(experiment), certificate.fingerprint))
+        others.append(other)
+        assert volunteer.job.coordinators == []
+        await first.stop(None)
+        again, _ = await serve(authority, experiment, certificate, volunteer.link.port, others)
+        try:
+            await soon(lambda: read_job(volunteer.job.config.state_dir).coordinators == [other], "it knows the second")
+            await again.stop(None)
+            told = len(volunteer.told)
+            for _turn in range(2):
+                await volunteer.renewed()
+            assert len(volunteer.told) == told  # there is nothing to tell
+        finally:
+            await second.stop(None)
     town(story)
 
 

@@ -17,10 +17,11 @@ from averaging.runtime import make_runtime_dir
 from coordinator.admin import AdminService, serve_admin
 from coordinator.admin_socket import admin_socket
 from coordinator.authority import Authority
+from coordinator.calls import TOKEN
 from coordinator.link import Link
 from coordinator.service import bind_grpc
 from coordinator.tls import Certificate, own_certificate
-from peer.operate import TOKEN, Operator, invites_table, members_table, rows, seconds
+from peer.operate import Operator, invites_table, members_table, rows, seconds
 from proto.authority_pb2 import Invite, Member
 from proto.authority_pb2_grpc import add_AdminServicer_to_server
 from proto.coordinator_pb2 import EnrolRequest

@@ -5,7 +5,8 @@ import json
 
 from rich.console import Console, RenderableType
 
-from peer.plain import one_line, plain
+from coordinator.calls import one_line
+from peer.plain import plain
 from peer.tables import peers_list, swarm_table
 from proto.peer_pb2 import PeerStatus
 from proto.swarm_pb2 import Departures, PeerRow, Refusals, RoundCounts, SwarmSnapshot

@@ -23,11 +23,11 @@ Event = dict[str, Any]
 class Covey:
     """One `covey` command that runs, its JSON lines gathered as they come."""
 
-    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+    def __init__(self, arguments: Sequence[str], log: Path, **environment: str) -> None:
         with log.open("ab") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "peer.cli", *arguments, "--json"], stdout=subprocess.PIPE, stderr=errors,
-                text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
         self.log, self.events = log, list[Event]()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

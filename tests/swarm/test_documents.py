@@ -13,7 +13,7 @@ from PIL import Image
 from processes import until
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = [block for document in ("README.md", "docs/averaging.md", "docs/security.md")
+BLOCKS = [block for document in ("README.md", "docs/averaging.md", "docs/security.md", "docs/operating.md")
           for block in re.findall(r"```sh\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)]
 COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
 STAYS = {"coordinator": "join by", "join": "epoch ", "status --watch": "demo-"}  # what it shows before it is ended
@@ -29,12 +29,12 @@ def test_the_first_two_commands_are_targets_of_the_makefile() -> None:
 class Terminal:
     """A command that stays, its output in a file."""
 
-    def __init__(self, arguments: list[str], home: Path, number: int) -> None:
+    def __init__(self, arguments: list[str], home: Path, number: int, token: str = "") -> None:
         self.output = home / f"{number}.out"
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "peer.cli", *arguments], stdout=output, stderr=output, env=surroundings(home),
-                cwd=ROOT, start_new_session=True)
+                [sys.executable, "-m", "peer.cli", *arguments], stdout=output, stderr=output,
+                env={**surroundings(home), "COVEY_ADMIN_TOKEN": token}, cwd=ROOT, start_new_session=True)
 
     def shows(self, text: str) -> None:
         def shown() -> bool:
@@ -80,19 +80,21 @@ def words(command: str, home: Path, link: str) -> list[str]:
 @pytest.mark.timeout(600)
 def test_the_documents_commands_do_what_they_say(home: Path) -> None:
     assert len(COMMANDS) > 8
-    link, terminals = "", list[Terminal]()
+    link, token, terminals = "", "", list[Terminal]()
     try:
         for number, command in enumerate(COMMANDS):
             arguments = words(command, home, link)
-            if arguments[0] == "coordinator":  # the next swarm: the one before is done with
+            # the next swarm: the one before is done with
+            if arguments[0] == "coordinator" and "--join" not in arguments:
                 assert {terminal.interrupt() for terminal in reversed(terminals)} <= {0}
                 terminals.clear()
             if arguments[0] in {"coordinator", "join"} or "--watch" in arguments:
-                terminals.append(Terminal(arguments, home, number))
+                terminals.append(Terminal(arguments, home, number, token))
                 key = "status --watch" if "--watch" in arguments else arguments[0]
                 terminals[-1].shows(STAYS[key])
                 if key == "coordinator":
                     (link,) = re.findall(r"covey join (covey://\S+)", terminals[-1].output.read_text())
+                    token = Path(arguments[arguments.index("--state-dir") + 1], "admin.token").read_text()
                 if key == "status --watch":
                     assert terminals.pop().interrupt() in {0, 130}
             else:
