@@ -17,8 +17,8 @@ from starlette.responses import Response
 from coordinator.view import INVITE, About
 
 TYPES = {"css": "text/css; charset=utf-8", "js": "text/javascript; charset=utf-8", "svg": "image/svg+xml"}
-OURS = ("page.css", "page.js", "figures.js", "rounds.js", "peers.js", "charts.js", "chart_list.js", "gist.js",
-        "live.js", "icon.svg")
+OURS = ("page.css", "page.js", "figures.js", "rounds.js", "table.js", "peers.js", "leaderboard.js",
+        "charts.js", "chart_list.js", "gist.js", "live.js", "icon.svg")
 CHARTS = "plotly.min.js"
 
 

@@ -4,7 +4,7 @@ export const count = (value) => value.toLocaleString("en-US", { maximumFractionD
 export const rate = (value) =>
   value.toLocaleString("en-US", { minimumFractionDigits: 1, maximumFractionDigits: 1 });
 export const loss = (value) => value === null ? "–" : value.toFixed(4);
-export const percent = (value) => `${(100 * value).toFixed(1)} %`;
+export const percent = (value) => `${(100 * value).toFixed(1)}%`;
 
 export function duration(seconds) {
   const [s, m, h] = [Math.round(seconds), Math.round(seconds / 60), Math.round(seconds / 3600)];

@@ -2,8 +2,9 @@
 
 import { charts } from "./charts.js";
 import { count, duration, loss, setText, showTiles } from "./figures.js";
+import { leaderboard } from "./leaderboard.js";
 import { follow } from "./live.js";
-import { showPeers } from "./peers.js";
+import { peers } from "./peers.js";
 import { showRounds } from "./rounds.js";
 
 const HISTORY_SECONDS = 10; // at least, between two readings of the history
@@ -12,6 +13,8 @@ const at = (id) => document.getElementById(id);
 const parts = (...ids) => Object.fromEntries(ids.map((id) => [id, at(id)]));
 const WORDS = { connecting: "Connecting", live: "Live", polled: "Every 10 s: many watch", offline: "Offline" };
 const draw = charts(at("charts"), at("charts-missing"));
+const showPeers = peers(parts("peers", "peers-empty", "peers-more"));
+const showLeaderboard = leaderboard(parts("leaderboard", "leaderboard-empty", "leaderboard-sums"));
 let newest, announced = 0, drawn = 0, state;
 
 function announce(text) {
@@ -25,7 +28,8 @@ function show(swarm) {
   }
   newest = swarm;
   showTiles(at("tiles"), swarm);
-  showPeers(at("peers"), at("peers-empty"), at("peers-more"), swarm);
+  showPeers(swarm);
+  showLeaderboard(swarm);
   showRounds(parts("rounds", "refused", "churn", "rounds-empty", "since"), swarm);
   if (Date.now() - drawn > HISTORY_SECONDS * 1000) drawHistory();
 }

@@ -30,7 +30,8 @@ LIVE = "document.getElementById('connection').dataset.state === 'live'"
 WARNED = "!document.getElementById('notice').hidden"
 TILES = ("Object.fromEntries([...document.querySelectorAll('main dl > div')].filter((box) => !box.hidden)"
          ".map((box) => [box.dataset.name, [...box.querySelectorAll('.value, .note')].map((dd) => dd.innerText)]))")
-ROWS = "[...document.querySelectorAll('#peers tbody tr')].map((row) => [...row.cells].map((cell) => cell.innerText))"
+TABLE = "[...document.querySelectorAll('#%s tbody tr')].map((row) => [...row.cells].map((cell) => cell.innerText))"
+ROWS, LEADERBOARD = TABLE % "peers", TABLE % "leaderboard"
 
 
 class Tab:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from chromium import CHROMIUM, Tab, chromium_tab
-from invented import TARGET, Site, kept, lively
+from invented import TARGET, Site, credited, kept, lively
 
 from coordinator.swarm import SwarmState
 from coordinator.view import About
@@ -39,6 +39,7 @@ def site(about: About, state: SwarmState) -> Iterator[Site]:
 def lively_site(about: About) -> Iterator[Site]:
     """A swarm of ten with a past."""
     state, history = lively()
-    site = Site(replace(about, target_batch_size=TARGET, target_group_size=4), state, history, kept(state.time))
+    site = Site(replace(about, target_batch_size=TARGET, target_group_size=4), state, history, kept(state.time),
+                credited())
     with site.served():
         yield site

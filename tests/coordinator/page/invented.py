@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from averaging.records import PeerRecord, Refusals, Rounds, RoundSeconds
 from coordinator.archive import Archive, Evaluation
+from coordinator.credit_ledger import Contribution, Leaderboard
 from coordinator.events import Feed
 from coordinator.history import History, remember
 from coordinator.http import coordinator_app, serve_http
@@ -31,8 +32,9 @@ class Site:
     """
 
     def __init__(self, about: About, state: SwarmState, history: History | None = None,
-                 archive: Archive | None = None) -> None:
-        self.about, self.archive, self.port, self.silent, self.viewers = about, archive, 0, False, 0
+                 archive: Archive | None = None, leaderboard: Leaderboard | None = None) -> None:
+        self.about, self.archive, self.leaderboard = about, archive, leaderboard or Leaderboard()
+        self.port, self.silent, self.viewers = 0, False, 0
         self.show(state, history)
 
     def show(self, state: SwarmState, history: History | None = None) -> None:
@@ -60,7 +62,7 @@ class Site:
         feed = Feed(self._newest())
         app = coordinator_app(lambda: self.state, self.about, coordinator_registry(lambda: self.state, self.about),
                               history=lambda: self.history, feed=feed, clock=lambda: self.state.time,
-                              archive=lambda: self.archive)
+                              archive=lambda: self.archive, leaderboard=lambda: self.leaderboard)
         async with serve_http(app, "127.0.0.1", self.port) as self.port:
             ready.set()
             while not stop.is_set():
@@ -71,7 +73,7 @@ class Site:
             feed.close()
 
     def _newest(self) -> dict[str, object]:
-        return swarm_json(self.state, self.about, self.state.time, self.archive)
+        return swarm_json(self.state, self.about, self.state.time, self.archive, self.leaderboard)
 
 
 def lively(hours: float = 30.0) -> tuple[SwarmState, History]:
@@ -104,6 +106,14 @@ def kept(now: float, epoch: int = 412) -> Archive:
     measured = tuple(Evaluation(at, {"knn_accuracy": 0.72 * (1 - math.exp(-at / 120)) + chance.gauss(0.04, 0.006)})
                      for at in range(10, epoch, 10))
     return Archive(epoch=measured[-1].epoch, time=now - 137, sha256="ab" * 32, evaluations=measured)
+
+
+def credited() -> Leaderboard:
+    """What the volunteers of such a swarm are credited with; one of them claimed too much."""
+    shares = (0.31, 0.22, 0.17, 0.12, 0.09, 0.06, 0.03)
+    rows = [Contribution(f"12D3Koo{i:04d}", NAMES[i], round(share * 390 * TARGET), 390 - 17 * i, 3 * (i == 4))
+            for i, share in enumerate(shares)]
+    return Leaderboard({row.peer_id: row for row in rows}, sum(row.samples for row in rows), flagged=3)
 
 
 def _peer(number: int, epoch: int, group: int, when: float, chance: random.Random) -> Peer:

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 from chromium import DRAWN, chromium_tab
-from invented import TARGET, Site, kept, lively
+from invented import TARGET, Site, credited, kept, lively
 
 from coordinator.archive import Archive
+from coordinator.credit_ledger import Leaderboard
 from coordinator.swarm import SwarmState
 from coordinator.view import About
 
@@ -22,7 +23,7 @@ LOOKS = {"light": (1200, False, False), "dark": (1200, True, False), "phone": (3
 def main(folder: Path) -> None:
     """Write a PNG for every look, and one of an empty swarm."""
     state, history = lively()
-    site = Site(ABOUT, state, history, kept(state.time))
+    site = Site(ABOUT, state, history, kept(state.time), credited())
     with site.served(), chromium_tab() as tab:
         for name, (width, dark, phone) in LOOKS.items():
             tab.look(width, 800, dark=dark, phone=phone)
@@ -33,7 +34,7 @@ def main(folder: Path) -> None:
         tab.open(site.url)
         tab.wait(DRAWN, "the charts")
         tab.screenshot(folder / "status_page.png")
-        site.archive = Archive()
+        site.archive, site.leaderboard = Archive(), Leaderboard()
         site.show(SwarmState(time=site.state.time, since=site.state.time))
         tab.open(site.url)
         tab.wait("document.querySelector('#chart-loss figcaption')?.innerText", "the empty page")

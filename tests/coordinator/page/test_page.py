@@ -8,11 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
-from chromium import DRAWN, FIRST, ROWS, TILES, WARNED, Tab
+from chromium import DRAWN, FIRST, LEADERBOARD, ROWS, TILES, WARNED, Tab
 from invented import Site
 
 from averaging.records import PeerRecord, Rounds
 from coordinator.archive import Archive, Evaluation
+from coordinator.credit_ledger import Contribution, Leaderboard
 from coordinator.history import History, remember
 from coordinator.swarm import Peer, SwarmState
 
@@ -43,6 +44,18 @@ def test_the_figures_are_those_of_the_json(tab: Tab, lively_site: Site) -> None:
     assert f"of at most {swarm['target_group_size']}" in tab.text("#tiles")
     assert [row[0] for row in tab.js(ROWS)] == sorted(peer["name"] for peer in swarm["peers"])
     assert {row[0]: row[1:] for row in tab.js(ROWS)} == {peer["name"]: _row(peer) for peer in swarm["peers"]}
+
+
+def test_the_leaderboard_is_the_jsons(tab: Tab, lively_site: Site) -> None:
+    tab.open(lively_site.url)
+    tab.wait(f"{LEADERBOARD}.length > 0", "the leaderboard")
+    swarm = httpx.get(f"{lively_site.url}/api/swarm").json()
+    assert tab.js(LEADERBOARD) == [
+        [str(rank), row["name"], f"{row['samples']:,}", f"{100 * row['samples'] / swarm['credited_samples']:.1f}%",
+         f"{row['epochs']:,}", f"{row['flagged']:,}"] for rank, row in enumerate(swarm["leaderboard"], 1)]
+    said = tab.text("#leaderboard-sums")
+    assert said.startswith(f"{swarm['credited_samples']:,} samples are credited in all.")
+    assert said.endswith(f": {swarm['flagged_claims']:,} in all.")
 
 
 def _row(peer: dict[str, Any]) -> list[str]:
@@ -77,7 +90,7 @@ def test_the_charts_have_the_points_of_the_history(tab: Tab, lively_site: Site) 
     accuracy = tab.js("document.querySelector('#chart-evaluation .chart').data.map((trace) => [trace.name, trace.y])")
     measured = [each["figures"]["knn_accuracy"] for each in swarm["archive"]["evaluations"]]
     assert accuracy == [["k-NN accuracy", measured]]
-    assert f"now {100 * measured[-1]:.1f} %, lowest" in tab.text("#chart-evaluation figcaption")
+    assert f"now {100 * measured[-1]:.1f}%, lowest" in tab.text("#chart-evaluation figcaption")
     words = tab.text("#chart-loss figcaption")
     assert f"now {history['over_epochs']['loss'][-1]:.4f}, lowest {min(drawn[1:]):.4f} (epoch " in words
 
@@ -119,8 +132,11 @@ def test_what_volunteers_sign_is_text_and_runs_nothing(tab: Tab, site: Site, sta
     peers = {f"12D3{i}": Peer(record(f"12D3{i}", name=name, device=name, version=name), now)
              for i, name in enumerate(HOSTILE)}
     site.show(replace(state, peers=peers))
+    site.leaderboard = Leaderboard({row.peer_id: row for row in (
+        Contribution(f"12D3{i}", name, 10 - i, 1, 0) for i, name in enumerate(HOSTILE))}, 40)
     tab.open(site.url)
     tab.wait(f"{ROWS}.length === {len(HOSTILE)}", "a row for each")
+    assert [row[1] for row in tab.js(LEADERBOARD)] == list(HOSTILE)
     tab.wait(DRAWN, "the charts")
     assert sorted((row[0], row[10], row[11]) for row in tab.js(ROWS)) == sorted((name,) * 3 for name in HOSTILE)
     assert tab.js("typeof window.ran") == "undefined"
@@ -148,7 +164,8 @@ def test_an_empty_swarm_says_what_is_missing(tab: Tab, site: Site, now: float) -
                     "known after the first round", "No epoch has ended yet", "Nobody has trained yet",
                     "No peer has been here yet", "No round of averaging has ended yet.", "No group has averaged yet",
                     "No round with others has ended yet", "None so far: nothing bad was sent",
-                    "this coordinator keeps none", "This coordinator keeps no checkpoints"):
+                    "this coordinator keeps none", "This coordinator keeps no checkpoints",
+                    "Nobody is credited with samples yet"):
         assert missing in page
     assert not re.search(r"NaN|undefined|null|Invalid", page)
 
@@ -180,8 +197,8 @@ def test_figures_of_a_classifier_are_drawn_and_said(tab: Tab, site: Site) -> Non
     drawn = tab.js("document.querySelector('#chart-evaluation .chart').data.map((trace) => [trace.name, trace.y])")
     assert drawn == [["Top-1 accuracy", [0.25, 0.5]], ["Top-5 accuracy", [0.4, 0.8]]]
     assert tab.text("#chart-evaluation figcaption") == (
-        "Top-1 accuracy: now 50.0 %, lowest 25.0 % (epoch 1), highest 50.0 % (epoch 2). "
-        "Top-5 accuracy: now 80.0 %, lowest 40.0 % (epoch 1), highest 80.0 % (epoch 2). "
+        "Top-1 accuracy: now 50.0%, lowest 25.0% (epoch 1), highest 50.0% (epoch 2). "
+        "Top-5 accuracy: now 80.0%, lowest 40.0% (epoch 1), highest 80.0% (epoch 2). "
         "Loss on the validation images: now 0.0000, lowest 0.0000 (epoch 2), highest 1.0000 (epoch 1).")
 
 

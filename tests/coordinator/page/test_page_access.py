@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 from chromium import DRAWN, FIRST, TILES, Tab
-from invented import Site
+from invented import Site, credited
 from processes import until
 
 from coordinator.swarm import SwarmState
@@ -51,12 +51,12 @@ def test_a_screen_reader_finds_its_way(tab: Tab, lively_site: Site) -> None:
     found = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in tree if not node["ignored"]]
     names = {role: [name for kind, name in found if kind == role] for role, _ in found}
     assert len(names["main"]) == len(names["banner"]) == len(names["status"]) == 1
-    assert {"Now", "So far", "Peers", "Rounds and churn", "Join"} <= set(names["region"])
+    assert {"Now", "So far", "Peers", "Leaderboard", "Rounds and churn", "Join"} <= set(names["region"])
     assert set(names["image"]) == {"Loss over epochs", "Evaluation over epochs", "Samples per second", "Peers",
                                    "Group size against its target", "Rounds by outcome",
                                    "Duration of rounds, in seconds", "Contributions refused"}
-    assert len(names["columnheader"]) == 13
-    assert len(names["rowheader"]) == 10
+    assert len(names["columnheader"]) == 13 + 6
+    assert len(names["rowheader"]) == 10 + 7
     levels = tab.js("[...document.querySelectorAll('h1, h2, h3')].map((heading) => +heading.tagName[1])")
     assert levels[0] == 1
     assert all(late <= early + 1 for early, late in pairwise(levels))
@@ -77,15 +77,16 @@ def test_it_announces_epochs_and_not_every_reading(tab: Tab, site: Site, state: 
 
 
 def test_all_that_can_be_used_is_reached_by_keyboard_and_shows_it(tab: Tab, site: Site) -> None:
+    site.leaderboard = credited()
     tab.open(site.url)
     tab.wait("!document.getElementById('peers').hidden", "the table")
     reached = []
-    for _ in range(5):
+    for _ in range(6):
         for kind in ("keyDown", "keyUp"):
             tab.call("Input.dispatchKeyEvent", type=kind, key="Tab", code="Tab", windowsVirtualKeyCode=9)
         assert tab.js("parseFloat(getComputedStyle(document.activeElement).outlineWidth)") >= 2
         reached.append(tab.js("document.activeElement.id || document.activeElement.innerText"))
-    assert reached == ["JSON", "history", "metrics", "peers", "copy"]
+    assert reached == ["JSON", "history", "metrics", "peers", "leaderboard", "copy"]
     tab.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r")
     until(lambda: tab.text("#copy") in ("Copied", "Selected"), "a word that it was copied")
     assert tab.js("String(getSelection())") == f"covey join {site.about.link}"

@@ -66,7 +66,7 @@ def test_who_does_not_look_holds_no_connection_and_sees_the_newest_on_coming_bac
     until(lambda: site.viewers == 0, "nobody who follows")
     site.show(replace(state, epoch=8))
     tab.js(SEEN % "false")
-    tab.wait(f"{TILES}.Epoch[0] === '8' && {LIVE}", "the newest figures", seconds=5)
+    tab.wait(f"{TILES}.Epoch[0] === '8' && {LIVE}", "the newest figures", seconds=8)
 
 
 SEEN = """Object.defineProperty(document, "hidden", {value: %s, configurable: true});
