@@ -18,7 +18,7 @@ MEND = "Copy the whole link that `covey coordinator` printed."
 class Link:
     """`host` is a name or an IP address (IPv6 without brackets), `port` the coordinator's gRPC port.
 
-    `certificate` is its fingerprint (coordinator/tls.py), `invite` a code; empty: none.
+    `certificate` is the fingerprint of its key (coordinator/tls.py), `invite` a code; empty: none.
     """
 
     host: str

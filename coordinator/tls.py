@@ -1,7 +1,7 @@
-"""TLS for the coordinator's gRPC: a certificate that the link names by its fingerprint, and channels that hold to it.
+"""TLS for the coordinator's gRPC: a certificate whose key the link names, and channels that hold to it.
 
-So no certificate authority is needed, and none can let another in: a volunteer trusts the one certificate that the
-operator's link names.
+So no certificate authority is needed, and none can let another in: a volunteer trusts the holder of the one key that
+the operator's link names, under whatever certificate: a renewed one of the same key leaves all links good.
 """
 
 import asyncio
@@ -14,9 +14,16 @@ from pathlib import Path
 
 import grpc
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
 
 from averaging.private_file import write_private
 from coordinator.link import MEND, Link
@@ -37,12 +44,13 @@ class Certificate:
     @property
     def fingerprint(self) -> str:
         """As links have it."""
-        return fingerprint(x509.load_pem_x509_certificate(self.chain).public_bytes(Encoding.DER))
+        return fingerprint(x509.load_pem_x509_certificate(self.chain))
 
 
-def fingerprint(der: bytes) -> str:
-    """SHA-256 of a certificate, in 43 characters of base64url."""
-    return urlsafe_b64encode(sha256(der).digest()).rstrip(b"=").decode()
+def fingerprint(certificate: x509.Certificate) -> str:
+    """SHA-256 of its public key (as SubjectPublicKeyInfo), in 43 characters of base64url."""
+    key = certificate.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return urlsafe_b64encode(sha256(key).digest()).rstrip(b"=").decode()
 
 
 def own_certificate(folder: Path) -> Certificate:
@@ -96,18 +104,22 @@ async def connect(link: Link, *, timeout_seconds: float, longest_reply: int = LO
     """
     try:
         pem = await asyncio.to_thread(ssl.get_server_certificate, (link.host, link.port), timeout=timeout_seconds)
-        der = ssl.PEM_cert_to_DER_cert(pem)
     except ssl.SSLError as error:
         raise BadInput(f"no coordinator at {link.address} (no TLS: {error.reason or error})",
                        expected="a running `covey coordinator`", mend=MEND) from None
     except (OSError, UnicodeError) as error:  # the latter: a host that no name server could know
         raise unreachable(link, str(error) or "no answer in time") from None
-    if fingerprint(der) != link.certificate:
-        raise BadInput(f"certificate {fingerprint(der)[:12]}... at {link.address}",
+    try:
+        certificate = x509.load_pem_x509_certificate(pem.encode())
+        found = fingerprint(certificate)
+    except (ValueError, UnsupportedAlgorithm):  # of a stranger: OpenSSL takes what cryptography does not
+        found = "unreadable"
+    if found != link.certificate:
+        raise BadInput(f"certificate {found[:12]}... at {link.address}",
                        expected=f"{link.certificate[:12]}..., as in the link", mend="Somebody else answers there, or "
                        "the coordinator was set up anew: ask the operator for a fresh link.")
     return grpc.aio.secure_channel(link.address, grpc.ssl_channel_credentials(pem.encode()), options=[
-        ("grpc.ssl_target_name_override", _name(x509.load_der_x509_certificate(der))),
+        ("grpc.ssl_target_name_override", _name(certificate)),
         ("grpc.default_authority", NAME), ("grpc.max_receive_message_length", longest_reply)])
 
 

@@ -64,9 +64,10 @@ class TestCa:
             made = made.add_extension(x509.SubjectAlternativeName(names), critical=False)
         return made.sign(self.key, SHA256())
 
-    def issue(self, names: Names, *, common: str | None = "coordinator", end: timedelta = DAY) -> Certificate:
-        """A leaf, with the CA's own certificate behind it."""
-        key = generate_private_key(SECP256R1())
+    def issue(self, names: Names, *, common: str | None = "coordinator", end: timedelta = DAY,
+              key: EllipticCurvePrivateKey | None = None) -> Certificate:
+        """A leaf, with the CA's own certificate behind it; for a new key, unless one is given."""
+        key = key or generate_private_key(SECP256R1())
         leaf = self._sign(name(common), key, names, end=end)
         return Certificate(pem(key), b"".join(each.public_bytes(Encoding.PEM) for each in (leaf, self.certificate)))
 
@@ -264,10 +265,21 @@ def test_another_leaf_of_the_same_ca_and_name_is_not(ca: TestCa) -> None:
     asyncio.run(misled())
 
 
+def test_a_certificate_that_is_renewed_with_the_same_key_leaves_the_link_good(ca: TestCa) -> None:
+    key = generate_private_key(SECP256R1())
+    before, after = (ca.issue([x509.DNSName(name)], key=key) for name in ("old.example.org", "new.example.org"))
+    assert before.chain != after.chain
+
+    async def renewed() -> int:
+        async with serving(after) as link:
+            return await ask(replace(link, certificate=before.fingerprint))
+    assert asyncio.run(renewed()) == health_pb2.HealthCheckResponse.SERVING
+
+
 def test_the_fingerprint_of_a_chain_is_its_first_certificates(ca: TestCa) -> None:
     issued = ca.issue([x509.DNSName("a")])
     leaf = x509.load_pem_x509_certificates(issued.chain)[0]
-    assert issued.fingerprint == fingerprint(leaf.public_bytes(Encoding.DER))
+    assert issued.fingerprint == fingerprint(leaf)
 
 
 def test_a_certificate_that_has_expired_is_called_so_before_it_is_served(ca: TestCa, tmp_path: Path) -> None:
