@@ -65,8 +65,12 @@ class CreditLedger:
             db.execute("delete from credits where heard < ?", (now - KEEP_SECONDS,))
 
     def recent(self) -> list[Credit]:
-        """Those whose rows are still there, by epoch and peer: for a second coordinator to `record`."""
+        """Those whose rows are still there, by epoch and peer."""
         return [_credit(row) for row in self._db.read("select * from credits")]
+
+    def copy(self) -> bytes:
+        """The whole file, for a second coordinator to begin with."""
+        return self._db.copy()
 
     def leaderboard(self, names: Mapping[str, str], *, without: Collection[str] = ()) -> Leaderboard:
         """Of those who have `names` (by peer id), but for some."""

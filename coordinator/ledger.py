@@ -1,13 +1,11 @@
 """Who may take part: invites, members and bans, in an SQLite file of the coordinator's state directory."""
 
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import astuple, fields
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
+from coordinator.database import Database
 from coordinator.facts import (
     TICK,
     BanFact,
@@ -20,9 +18,7 @@ from coordinator.facts import (
     merge,
 )
 from coordinator.members import Invite, Member, free, invites_of, members_of, told_apart
-from training.errors import BadInput
 
-VERSION = 2
 TABLES = {"invites": InviteFact, "members": MemberFact, "uses": UseFact, "bans": BanFact,
           "coordinators": CoordinatorFact}  # as Facts has them; each table has its fact's fields, in order
 SCHEMA = """
@@ -47,62 +43,32 @@ drop table old_invites; drop table old_members; drop table old_bans;
 
 
 class Ledger:
-    """What `path` holds; made on first use. Any thread may call, one at a time is served; a write is on disk when its
-    call returns. Raises BadInput for a file that is none of ours, sqlite3's errors when the disk fails."""
+    """What `path` holds; made on first use. Any thread may call; a write is on disk when its call returns. Raises
+    BadInput for a file that is none of ours, sqlite3's errors when the disk fails."""
 
     def __init__(self, path: Path) -> None:
-        self._lock = Lock()
-        path.touch(mode=0o600)  # SQLite would let others read it
-        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        self._db.row_factory = sqlite3.Row
+        self._db = Database(path, schema=SCHEMA, version=2, upgrades={1: FROM_1}, what="a ledger", durable=True,
+                            mend="Bring it back from a copy, or move it away: then nobody is a member.")
         self._known: tuple[int, Facts] | None = None
-        try:
-            self._db.execute("pragma journal_mode = wal")
-            self._db.execute("pragma synchronous = full")
-            self._make()
-        except sqlite3.DatabaseError as error:
-            self._db.close()
-            raise BadInput(f"{path} ({error})", expected=f"a ledger of version {VERSION}",
-                           mend="Bring it back from a copy, or move it away: then nobody is a member.") from None
-
-    def _make(self) -> None:
-        (version,) = self._db.execute("pragma user_version").fetchone()
-        if version in {0, 1}:
-            script = FROM_1 if version else SCHEMA
-            self._db.executescript(f"begin; {script} pragma user_version = {VERSION}; commit;")
-        elif version != VERSION:
-            raise sqlite3.DatabaseError(f"version {version}")
 
     def close(self) -> None:
         """Let go of the file."""
-        with self._lock:
-            self._db.close()
-
-    @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            self._db.execute("begin immediate")
-            try:
-                yield self._db
-            except BaseException:
-                self._db.execute("rollback")
-                raise
-            self._db.execute("commit")
+        self._db.close()
 
     # -- what other coordinators are told --
 
     def facts(self) -> Facts:
         """All that is known; the same object until something changes."""
-        with self._lock:
-            if self._known is None or self._known[0] != self._db.total_changes:
-                self._known = self._db.total_changes, _facts(self._db)
+        with self._db.reading() as db:
+            if self._known is None or self._known[0] != db.total_changes:
+                self._known = db.total_changes, _facts(db)
             return self._known[1]
 
     def learn(self, told: Facts) -> bool:
         """Take in what another coordinator knows; whether any of it was new."""
         if merge(known := self.facts(), told) == known:
             return False
-        with self._writing() as db:
+        with self._db.writing() as db:
             known = _facts(db)
             merged = merge(known, told)
             for name, kind in TABLES.items():
@@ -127,7 +93,7 @@ class Ledger:
 
     def add_invite(self, invite: Invite) -> bool:
         """False: there is one with this label already."""
-        with self._writing() as db:
+        with self._db.writing() as db:
             if invite.label in {other.label for other in invites_of(_facts(db))}:
                 return False
             db.execute("insert into invites values (?, ?, ?, ?, ?, 0)",
@@ -136,7 +102,7 @@ class Ledger:
 
     def revoke_invite(self, code: str) -> None:
         """From now on nobody enrols with it."""
-        with self._writing() as db:
+        with self._db.writing() as db:
             db.execute("update invites set revoked = 1 where code = ?", (code,))
 
     # -- members --
@@ -157,8 +123,7 @@ class Ledger:
 
     def is_member(self, peer_id: str) -> bool:
         """Whether it has enrolled."""
-        with self._lock:
-            return self._db.execute("select 1 from members where peer_id = ?", (peer_id,)).fetchone() is not None
+        return bool(self._db.read("select 1 from members where peer_id = ?", (peer_id,)))
 
     def enrol(self, peer_id: str, name: str, public_key: bytes, code: str, now: float) -> str:
         """Make it a member by the invite `code` (empty: none is needed); the name it gets, which nobody else has.
@@ -166,7 +131,7 @@ class Ledger:
         An invite that can't be used any more (two may come at once) raises ValueError. Who is a member already (it
         asked twice at once) is renewed.
         """
-        with self._writing() as db:
+        with self._db.writing() as db:
             if given := _renewed(db, peer_id, name, now):
                 return given
             if code:
@@ -177,7 +142,7 @@ class Ledger:
 
     def renew(self, peer_id: str, name: str, now: float) -> str:
         """A member comes again; its name, the new one if it wishes another."""
-        with self._writing() as db:
+        with self._db.writing() as db:
             return _renewed(db, peer_id, name, now)
 
     # -- bans --
@@ -195,14 +160,14 @@ class Ledger:
         self._order(peer_id, now, banned=False, reason="")
 
     def _order(self, peer_id: str, now: float, *, banned: bool, reason: str) -> None:
-        with self._writing() as db:
+        with self._db.writing() as db:
             db.execute("insert into bans values (:it, :now, :banned, :reason) on conflict (peer_id) do update set "
                        "time = max(:now, time + :tick), banned = :banned, reason = :reason",
                        {"it": peer_id, "now": now, "banned": banned, "reason": reason, "tick": TICK})
 
     def next_serial(self, now: float, heard: int = 0) -> int:
         """A number for a new list of bans, higher than all before it, and than one that was `heard` of."""
-        with self._writing() as db:
+        with self._db.writing() as db:
             serial = max(_serial(db), heard) + 1
             db.execute("insert into lists values (?, ?)", (serial, now))
         return serial

@@ -86,10 +86,11 @@ class ReplicaService(ReplicaServicer):
             await context.abort(StatusCode.FAILED_PRECONDITION, f"covey {request.version[:64]!r} can't take over; "
                                 f"expected {'.'.join(compatible(self._version))}. Install that version.")
         known = await asyncio.to_thread(self._authority.ledger.facts)
+        credited = await asyncio.to_thread(self._authority.credits.copy)
         log.warning("a copy of the authority's key and of the ledger was handed to %s", address_of(context.peer()))
         return HandoverReply(experiment=self._document, authority_key=(self._folder / "authority.key").read_bytes(),
                              facts=encode(known), bans=self._authority.ban_file.newest().signed,
-                             initial_peers=self._initial_peers(), admin_token=self._token)
+                             initial_peers=self._initial_peers(), admin_token=self._token, credits=credited)
 
     async def Exchange(self, request: ExchangeRequest, context: Context) -> ExchangeReply:
         """UNAUTHENTICATED: the authority's key has not signed this, just now, for this coordinator."""

@@ -87,6 +87,7 @@ def take_over(reply: HandoverReply, folder: Path, run_id: str) -> None:
     with closing(Ledger(folder / "ledger.sqlite")) as ledger:
         ledger.learn(decode(reply.facts))
     BanFile(folder / "bans", public_bytes(parse_key(reply.authority_key)), run_id).offer(reply.bans)
+    write_private(folder / "credits.sqlite", reply.credits)
     remember_peers(folder / "known_peers.json", reply.initial_peers)
     write_private(folder / "experiment.json", reply.experiment)
     write_private(folder / "admin.token", reply.admin_token.encode())

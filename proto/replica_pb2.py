@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13proto/replica.proto\x12\x08\x63ovey.v1\"2\n\x0fHandoverRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\x94\x01\n\rHandoverReply\x12\x12\n\nexperiment\x18\x01 \x01(\x0c\x12\x15\n\rauthority_key\x18\x02 \x01(\x0c\x12\x1e\n\x05\x66\x61\x63ts\x18\x03 \x01(\x0b\x32\x0f.covey.v1.Facts\x12\x0c\n\x04\x62\x61ns\x18\x04 \x01(\x0c\x12\x15\n\rinitial_peers\x18\x05 \x03(\t\x12\x13\n\x0b\x61\x64min_token\x18\x06 \x01(\t\"3\n\x0f\x45xchangeRequest\x12\r\n\x05words\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"w\n\rExchangeWords\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63\x61llee\x18\x02 \x01(\t\x12\x0c\n\x04time\x18\x03 \x01(\x01\x12)\n\x06\x63\x61ller\x18\x04 \x01(\x0b\x32\x19.covey.v1.CoordinatorFact\x12\r\n\x05known\x18\x05 \x01(\x0c\"=\n\rExchangeReply\x12\x1e\n\x05\x66\x61\x63ts\x18\x01 \x01(\x0b\x32\x0f.covey.v1.Facts\x12\x0c\n\x04\x62\x61ns\x18\x02 \x01(\x0c\"\xd8\x01\n\x05\x46\x61\x63ts\x12%\n\x07invites\x18\x01 \x03(\x0b\x32\x14.covey.v1.InviteFact\x12%\n\x07members\x18\x02 \x03(\x0b\x32\x14.covey.v1.MemberFact\x12\x1f\n\x04uses\x18\x03 \x03(\x0b\x32\x11.covey.v1.UseFact\x12\x1f\n\x04\x62\x61ns\x18\x04 \x03(\x0b\x32\x11.covey.v1.BanFact\x12/\n\x0c\x63oordinators\x18\x05 \x03(\x0b\x32\x19.covey.v1.CoordinatorFact\x12\x0e\n\x06serial\x18\x06 \x01(\x04\"\x89\x01\n\nInviteFact\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x01\x12\x14\n\x07\x65xpires\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04uses\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x0f\n\x07revoked\x18\x06 \x01(\x08\x42\n\n\x08_expiresB\x07\n\x05_uses\"b\n\nMemberFact\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\npublic_key\x18\x03 \x01(\x0c\x12\x10\n\x08\x65nrolled\x18\x04 \x01(\x01\x12\x0f\n\x07renewed\x18\x05 \x01(\x01\"6\n\x07UseFact\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07peer_id\x18\x02 \x01(\t\x12\x0c\n\x04time\x18\x03 \x01(\x01\"H\n\x07\x42\x61nFact\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x0c\n\x04time\x18\x02 \x01(\x01\x12\x0e\n\x06\x62\x61nned\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\"Q\n\x0f\x43oordinatorFact\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x0c\n\x04time\x18\x02 \x01(\x01\x12\x0c\n\x04link\x18\x03 \x01(\t\x12\x11\n\taddresses\x18\x04 \x01(\t2\x89\x01\n\x07Replica\x12>\n\x08Handover\x12\x19.covey.v1.HandoverRequest\x1a\x17.covey.v1.HandoverReply\x12>\n\x08\x45xchange\x12\x19.covey.v1.ExchangeRequest\x1a\x17.covey.v1.ExchangeReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13proto/replica.proto\x12\x08\x63ovey.v1\"2\n\x0fHandoverRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"\xa5\x01\n\rHandoverReply\x12\x12\n\nexperiment\x18\x01 \x01(\x0c\x12\x15\n\rauthority_key\x18\x02 \x01(\x0c\x12\x1e\n\x05\x66\x61\x63ts\x18\x03 \x01(\x0b\x32\x0f.covey.v1.Facts\x12\x0c\n\x04\x62\x61ns\x18\x04 \x01(\x0c\x12\x15\n\rinitial_peers\x18\x05 \x03(\t\x12\x13\n\x0b\x61\x64min_token\x18\x06 \x01(\t\x12\x0f\n\x07\x63redits\x18\x07 \x01(\x0c\"3\n\x0f\x45xchangeRequest\x12\r\n\x05words\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"w\n\rExchangeWords\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63\x61llee\x18\x02 \x01(\t\x12\x0c\n\x04time\x18\x03 \x01(\x01\x12)\n\x06\x63\x61ller\x18\x04 \x01(\x0b\x32\x19.covey.v1.CoordinatorFact\x12\r\n\x05known\x18\x05 \x01(\x0c\"=\n\rExchangeReply\x12\x1e\n\x05\x66\x61\x63ts\x18\x01 \x01(\x0b\x32\x0f.covey.v1.Facts\x12\x0c\n\x04\x62\x61ns\x18\x02 \x01(\x0c\"\xd8\x01\n\x05\x46\x61\x63ts\x12%\n\x07invites\x18\x01 \x03(\x0b\x32\x14.covey.v1.InviteFact\x12%\n\x07members\x18\x02 \x03(\x0b\x32\x14.covey.v1.MemberFact\x12\x1f\n\x04uses\x18\x03 \x03(\x0b\x32\x11.covey.v1.UseFact\x12\x1f\n\x04\x62\x61ns\x18\x04 \x03(\x0b\x32\x11.covey.v1.BanFact\x12/\n\x0c\x63oordinators\x18\x05 \x03(\x0b\x32\x19.covey.v1.CoordinatorFact\x12\x0e\n\x06serial\x18\x06 \x01(\x04\"\x89\x01\n\nInviteFact\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\r\n\x05label\x18\x02 \x01(\t\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x01\x12\x14\n\x07\x65xpires\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04uses\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x0f\n\x07revoked\x18\x06 \x01(\x08\x42\n\n\x08_expiresB\x07\n\x05_uses\"b\n\nMemberFact\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\npublic_key\x18\x03 \x01(\x0c\x12\x10\n\x08\x65nrolled\x18\x04 \x01(\x01\x12\x0f\n\x07renewed\x18\x05 \x01(\x01\"6\n\x07UseFact\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07peer_id\x18\x02 \x01(\t\x12\x0c\n\x04time\x18\x03 \x01(\x01\"H\n\x07\x42\x61nFact\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x0c\n\x04time\x18\x02 \x01(\x01\x12\x0e\n\x06\x62\x61nned\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\"Q\n\x0f\x43oordinatorFact\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x0c\n\x04time\x18\x02 \x01(\x01\x12\x0c\n\x04link\x18\x03 \x01(\t\x12\x11\n\taddresses\x18\x04 \x01(\t2\x89\x01\n\x07Replica\x12>\n\x08Handover\x12\x19.covey.v1.HandoverRequest\x1a\x17.covey.v1.HandoverReply\x12>\n\x08\x45xchange\x12\x19.covey.v1.ExchangeRequest\x1a\x17.covey.v1.ExchangeReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,25 +34,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HANDOVERREQUEST']._serialized_start=33
   _globals['_HANDOVERREQUEST']._serialized_end=83
   _globals['_HANDOVERREPLY']._serialized_start=86
-  _globals['_HANDOVERREPLY']._serialized_end=234
-  _globals['_EXCHANGEREQUEST']._serialized_start=236
-  _globals['_EXCHANGEREQUEST']._serialized_end=287
-  _globals['_EXCHANGEWORDS']._serialized_start=289
-  _globals['_EXCHANGEWORDS']._serialized_end=408
-  _globals['_EXCHANGEREPLY']._serialized_start=410
-  _globals['_EXCHANGEREPLY']._serialized_end=471
-  _globals['_FACTS']._serialized_start=474
-  _globals['_FACTS']._serialized_end=690
-  _globals['_INVITEFACT']._serialized_start=693
-  _globals['_INVITEFACT']._serialized_end=830
-  _globals['_MEMBERFACT']._serialized_start=832
-  _globals['_MEMBERFACT']._serialized_end=930
-  _globals['_USEFACT']._serialized_start=932
-  _globals['_USEFACT']._serialized_end=986
-  _globals['_BANFACT']._serialized_start=988
-  _globals['_BANFACT']._serialized_end=1060
-  _globals['_COORDINATORFACT']._serialized_start=1062
-  _globals['_COORDINATORFACT']._serialized_end=1143
-  _globals['_REPLICA']._serialized_start=1146
-  _globals['_REPLICA']._serialized_end=1283
+  _globals['_HANDOVERREPLY']._serialized_end=251
+  _globals['_EXCHANGEREQUEST']._serialized_start=253
+  _globals['_EXCHANGEREQUEST']._serialized_end=304
+  _globals['_EXCHANGEWORDS']._serialized_start=306
+  _globals['_EXCHANGEWORDS']._serialized_end=425
+  _globals['_EXCHANGEREPLY']._serialized_start=427
+  _globals['_EXCHANGEREPLY']._serialized_end=488
+  _globals['_FACTS']._serialized_start=491
+  _globals['_FACTS']._serialized_end=707
+  _globals['_INVITEFACT']._serialized_start=710
+  _globals['_INVITEFACT']._serialized_end=847
+  _globals['_MEMBERFACT']._serialized_start=849
+  _globals['_MEMBERFACT']._serialized_end=947
+  _globals['_USEFACT']._serialized_start=949
+  _globals['_USEFACT']._serialized_end=1003
+  _globals['_BANFACT']._serialized_start=1005
+  _globals['_BANFACT']._serialized_end=1077
+  _globals['_COORDINATORFACT']._serialized_start=1079
+  _globals['_COORDINATORFACT']._serialized_end=1160
+  _globals['_REPLICA']._serialized_start=1163
+  _globals['_REPLICA']._serialized_end=1300
 # @@protoc_insertion_point(module_scope)

@@ -52,6 +52,7 @@ class HandoverReply(_message.Message):
     BANS_FIELD_NUMBER: _builtins.int
     INITIAL_PEERS_FIELD_NUMBER: _builtins.int
     ADMIN_TOKEN_FIELD_NUMBER: _builtins.int
+    CREDITS_FIELD_NUMBER: _builtins.int
     experiment: _builtins.bytes
     """canonical JSON"""
     authority_key: _builtins.bytes
@@ -60,6 +61,8 @@ class HandoverReply(_message.Message):
     """SignedBans; empty: nobody was ever banned"""
     admin_token: _builtins.str
     """so that one is good for all coordinators of the run"""
+    credits: _builtins.bytes
+    """the file credits.sqlite"""
     @_builtins.property
     def facts(self) -> Global___Facts: ...
     @_builtins.property
@@ -75,10 +78,11 @@ class HandoverReply(_message.Message):
         bans: _builtins.bytes = ...,
         initial_peers: _abc.Iterable[_builtins.str] | None = ...,
         admin_token: _builtins.str = ...,
+        credits: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["facts", b"facts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admin_token", b"admin_token", "authority_key", b"authority_key", "bans", b"bans", "experiment", b"experiment", "facts", b"facts", "initial_peers", b"initial_peers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admin_token", b"admin_token", "authority_key", b"authority_key", "bans", b"bans", "credits", b"credits", "experiment", b"experiment", "facts", b"facts", "initial_peers", b"initial_peers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,12 +24,15 @@ from coordinator.admin import AdminService
 from coordinator.authority import Authority
 from coordinator.limits import Limit
 from coordinator.link import Link
+from coordinator.replica import Own, ReplicaService
 from coordinator.service import CoordinatorService, bind_grpc, start_grpc
 from coordinator.tls import connect, self_signed
 from proto.authority_pb2 import BanRequest, NewInvite, WhichInvite
 from proto.authority_pb2_grpc import add_AdminServicer_to_server
 from proto.coordinator_pb2 import EnrolReply, EnrolRequest, WatchRequest
 from proto.coordinator_pb2_grpc import CoordinatorStub
+from proto.replica_pb2 import ExchangeRequest, HandoverRequest
+from proto.replica_pb2_grpc import add_ReplicaServicer_to_server
 from proto.swarm_pb2 import SwarmSnapshot
 
 CALLS = 10_000
@@ -38,7 +41,7 @@ GROWTH = 64 << 20  # bytes; a leak of 16 KiB a call would be more than twice tha
 KEY, STRANGER = (generate_private_key(public_exponent=65537, key_size=2048) for _ in range(2))
 CERTIFICATE = self_signed()
 METHODS = ("Coordinator/Enrol", "Coordinator/Watch", "Admin/CreateInvite", "Admin/RevokeInvite", "Admin/Ban",
-           "Admin/ListMembers", "Coordinator/Nothing", "../../etc/passwd")
+           "Admin/ListMembers", "Replica/Handover", "Replica/Exchange", "Coordinator/Nothing", "../../etc/passwd")
 EXPECTED = {StatusCode.OK, StatusCode.INVALID_ARGUMENT, StatusCode.NOT_FOUND, StatusCode.FAILED_PRECONDITION,
             StatusCode.UNAUTHENTICATED, StatusCode.PERMISSION_DENIED, StatusCode.RESOURCE_EXHAUSTED,
             StatusCode.UNIMPLEMENTED}
@@ -53,9 +56,14 @@ async def coordinator(folder: Path) -> AsyncIterator[tuple[Link, Authority]]:
     service._enrolments = Limit(1e9, 10**9)
     server, port = bind_grpc("127.0.0.1", 0, CERTIFICATE)
     add_AdminServicer_to_server(AdminService(authority, lambda code: code, lambda: None, "the token"), server)
+    link = Link("127.0.0.1", port, "tiny-1", CERTIFICATE.fingerprint, authority.invite_to_show or "")
+    replica = ReplicaService(authority, Own("QmOwn", link, []), document=b"{}", folder=folder, token="the token",
+                             version="1.2.0", initial_peers=list)
+    replica._limit = Limit(1e9, 10**9)
+    add_ReplicaServicer_to_server(replica, server)
     await start_grpc(server, service)
     try:
-        yield Link("127.0.0.1", port, "tiny-1", CERTIFICATE.fingerprint, authority.invite_to_show or ""), authority
+        yield link, authority
     finally:
         await server.stop(None)
         authority.close()
@@ -93,6 +101,7 @@ def drawn(draw: random.Random, link: Link) -> bytes:
             request.signature = sign(KEY, enrolment_words(request))
     message = some([request] * 4 + [
         WatchRequest(interval_seconds=some(number)), NewInvite(label=some(text), uses=some([0, 1, 2**32 - 1])),
+        HandoverRequest(run_id=some(text), version=some(text)), ExchangeRequest(words=some(data), signature=some(data)),
         WhichInvite(code_or_label=some(text)), BanRequest(peer=some(text), reason=some(text))]).SerializeToString()
     match draw.randrange(8):
         case 0:
@@ -153,6 +162,8 @@ def test_whatever_is_called_is_answered_with_a_refusal_and_costs_nothing(
             assert len(authority.ledger.members()) == members + 1  # whoever got in has the invite
             assert [invite.label for invite in authority.ledger.invites()] == ["first"]
             assert authority.failures["admin token"] > 100
+            assert authority.failures["replica"] > 100
+            assert authority.ledger.facts().coordinators == {}
             return seen, grown, reply
 
     caplog.set_level(logging.ERROR)

@@ -24,6 +24,7 @@ from averaging.membership import enrolment_words, exchange_words
 from averaging.version import VERSION
 from coordinator.authority import Authority, Denied
 from coordinator.calls import TOKEN
+from coordinator.credits import Credit
 from coordinator.facts import CoordinatorFact, Facts, by_key
 from coordinator.in_step import InStep
 from coordinator.link import Link
@@ -156,17 +157,20 @@ def test_who_has_the_admin_token_gets_all_that_a_coordinator_needs(
         for volunteer, name in zip(volunteers, ("ada", "eve"), strict=True):
             enrol(first, volunteer, name, first.authority.invite_to_show or "")
         first.authority.ban("eve", "spam")
+        first.authority.credits.record([Credit(1, "QmAda", b"group", 64, 64, 1)], time.time())
         reply = await ask(first.own.link)
         assert checked(first.own.link, reply) == EXPERIMENT
         assert kept_experiment(folder) is None
         take_over(reply, folder, RUN)
         assert kept_experiment(folder) == EXPERIMENT
-        secret = ("authority.key", "admin.token", "experiment.json", "ledger.sqlite")
+        secret = ("authority.key", "admin.token", "experiment.json", "ledger.sqlite", "credits.sqlite")
         assert {stat.S_IMODE((folder / name).stat().st_mode) for name in secret} == {0o600}
         assert (folder / "admin.token").read_text() == THE_TOKEN
         with closing(Authority(folder, RUN, is_open=False)) as second:
             assert second.public_key == first.authority.public_key
             assert second.ledger.facts() == first.authority.ledger.facts()
+            assert second.credits.recent() == first.authority.credits.recent() != []
+            assert second.credits.leaderboard({"QmAda": "ada"}).rows["QmAda"].samples == 64
             assert second.ban_file.newest().signed == first.authority.ban_file.newest().signed
     with_one(folders, story)
     assert "a copy of the authority's key and of the ledger was handed to 127.0.0.1" in caplog.text
