@@ -67,6 +67,10 @@ class DHT(hivemind.DHT):  # type: ignore[misc]  # hivemind is untyped
             return bool(self.is_alive() and self._p2pd.status() != psutil.STATUS_ZOMBIE)
         return False
 
+    def daemon_address(self, timeout: float) -> str:
+        """Where libp2p's daemon takes the orders of this user's processes, as a multiaddress."""
+        return str(self.run_coroutine(_daemon_address, return_future=True).result(timeout=timeout))
+
     def shutdown(self) -> None:
         """Take leave of the DHT if that works at once; nothing of the node remains, sockets included."""
         with suppress(OSError):  # its process may be gone already
@@ -112,3 +116,8 @@ def open_identity(identity_path: Path) -> RSAPrivateKey:
     key = RSAPrivateKey.__new__(RSAPrivateKey)  # hivemind's makes a new one
     key._private_key = open_key(identity_path)
     return key
+
+
+async def _daemon_address(_dht: Any, node: Any) -> str:
+    """Runs in the DHT's process."""
+    return str(node.p2p.daemon_listen_maddr)

@@ -2,10 +2,22 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 STAGES = ("download", "disk", "evaluation", "upload", "crash")  # at which it can fail
 MOST_EVALUATIONS = 200
+
+
+@dataclass(frozen=True)
+class ArchiveOptions:
+    """What the operator wants of the archive."""
+
+    every_epochs: int
+    keep_last: int = 3
+    evaluate: bool = False
+    data: Path | None = None  # folder of images
+    hub: str = ""  # repository to upload to; empty: none
 
 
 @dataclass(frozen=True)

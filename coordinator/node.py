@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 from time import time
+from typing import Any
 
 import psutil
 from hivemind.p2p import P2PDaemonError
@@ -15,7 +16,7 @@ from averaging.authorisation import MemberAuthoriser
 from averaging.ban_records import keep_bans, publish_bans
 from averaging.dht import DHT, open_identity, start_dht
 from averaging.known_peers import recall_peers, remember_peers
-from averaging.progress import read_records, record_validators
+from averaging.progress import publish_record, read_records, record_validators
 from averaging.receipt_records import read_receipts
 from averaging.receipts import Receipt
 from averaging.records import PeerRecord
@@ -24,6 +25,7 @@ from coordinator.ports import multiaddress
 
 NAME = "coordinator"  # in its token
 RETURN_SECONDS = 15.0  # within which one of the peers that were there has to answer
+START_SECONDS = 15.0  # that libp2p's daemon may take to answer
 READ_SECONDS = 2.0  # that one reading of the records may take
 
 
@@ -40,7 +42,10 @@ class Node:
     read_receipts: Callable[[], dict[str, tuple[Receipt, ...]]]  # by peer id; or raises
     is_alive: Callable[[], bool]
     publish_bans: Callable[[], None]  # tell the DHT of the authority's list; returns at once
+    publish_record: Callable[..., Any]  # averaging.progress's, of this node; returns at once
     remember: Callable[[Iterable[str]], None]
+    token: Callable[[], bytes]  # a new one of this node
+    daemon: str  # address of libp2p's, for other processes of ours
 
 
 @contextmanager
@@ -53,9 +58,12 @@ def running_node(run_id: str, authority: Authority, folder: Path, *, host: str, 
     """
     identity, known_peers, over = folder / "identity.key", folder / "known_peers.json", Event()
     key = open_identity(identity)
-    member = MemberAuthoriser(
-        key, authority=authority.public_key, run_id=run_id, is_banned=authority.ban_file.is_banned,
-        read_token=lambda: authority.issue(key.get_public_key().to_bytes(), NAME, time() + TOKEN_SECONDS))
+
+    def token() -> bytes:
+        return authority.issue(key.get_public_key().to_bytes(), NAME, time() + TOKEN_SECONDS)
+
+    member = MemberAuthoriser(key, authority=authority.public_key, run_id=run_id, read_token=token,
+                              is_banned=authority.ban_file.is_banned)
     start = partial(
         start_dht, record_validators=record_validators(run_id, key, authority.public_key), identity_path=identity,
         authorizer=member, host_maddrs=[multiaddress(host, port)],
@@ -68,8 +76,9 @@ def running_node(run_id: str, authority: Authority, folder: Path, *, host: str, 
     try:
         yield Node(str(dht.peer_id), [str(address) for address in dht.get_visible_maddrs()],
                    partial(read_records, dht, run_id, timeout=READ_SECONDS), partial(read_receipts, dht, run_id),
-                   _watch(),
-                   partial(publish_bans, dht, run_id, authority.ban_file), partial(remember_peers, known_peers))
+                   _watch(), partial(publish_bans, dht, run_id, authority.ban_file),
+                   partial(publish_record, dht, run_id, key), partial(remember_peers, known_peers), token,
+                   dht.daemon_address(START_SECONDS))
     finally:
         over.set()
         _stop(dht)

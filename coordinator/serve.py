@@ -19,6 +19,8 @@ from averaging.records import AVERAGED
 from averaging.version import VERSION
 from coordinator.admin import AdminService, admin_token, serve_admin
 from coordinator.admin_socket import admin_socket
+from coordinator.archive import Archive, ArchiveOptions
+from coordinator.archiving import Archiver, archiving
 from coordinator.authority import Authority
 from coordinator.crediting import Crediting
 from coordinator.events import Feed
@@ -47,7 +49,8 @@ logger = logging.getLogger("covey.coordinator")
 
 
 async def serve(experiment: Experiment, authority: Authority, certificate: Certificate, node: Node, folder: Path, *,
-                host: str, link_host: str, grpc_port: int, http_port: int, json_output: bool) -> None:
+                host: str, link_host: str, grpc_port: int, http_port: int, json_output: bool,
+                archive_options: ArchiveOptions | None = None) -> None:
     """Until the first SIGTERM or SIGINT. Raises BadInput if a port was taken meanwhile."""
     stop, run = _stop_event(), run_id(experiment)
     names, averaging = authority.ledger.names, experiment.averaging
@@ -62,6 +65,7 @@ async def serve(experiment: Experiment, authority: Authority, certificate: Certi
     await follower.refresh()
     crediting = Crediting(node.read_receipts, authority.credits, names=names, banned=banned,
                           most_samples=averaging.target_batch_size)
+    archiver = archive_options and Archiver(archive_options, experiment, authority.public_key, node, folder)
     server, grpc_port = bind_grpc(host, grpc_port, certificate)
 
     def link(invite: str) -> str:
@@ -73,11 +77,19 @@ async def serve(experiment: Experiment, authority: Authority, certificate: Certi
         stack.push_async_callback(server.stop, GRACE_SECONDS)
         about = About(run, link("" if authority.is_open else INVITE), VERSION, averaging.target_batch_size,
                       averaging.target_group_size, AVERAGED[averaging.strategy])
-        feed = Feed(_newest(follower, about, crediting))
+
+        def archive() -> Archive | None:
+            return archiver.archive if archiver else None
+
+        def newest() -> dict[str, Any]:
+            return swarm_json(follower.state, about, time.time(), archive(), leaderboard=crediting.leaderboard)
+
+        feed = Feed(newest())
         registry = coordinator_registry(lambda: follower.state, about, failures=authority.failures, before=before,
-                                        replicas=lambda: in_step.heard, leaderboard=lambda: crediting.leaderboard)
+                                        replicas=lambda: in_step.heard, leaderboard=lambda: crediting.leaderboard,
+                                        archive=archive)
         app = coordinator_app(lambda: follower.state, about, registry, history=lambda: follower.history, feed=feed,
-                              leaderboard=lambda: crediting.leaderboard)
+                              leaderboard=lambda: crediting.leaderboard, archive=archive)
         http_port = await stack.enter_async_context(serve_http(app, host, http_port))
         stack.callback(feed.close)  # before the server, which waits for open requests
         url = f"http://{bracketed(link_host)}:{http_port}"
@@ -92,7 +104,7 @@ async def serve(experiment: Experiment, authority: Authority, certificate: Certi
             initial_peers=lambda: complete().initial_peers), server)
         await start_grpc(server, CoordinatorService(
             authority, complete, VERSION,
-            lambda: SwarmSnapshot(**view(follower.state, about, leaderboard=crediting.leaderboard)),
+            lambda: SwarmSnapshot(**view(follower.state, about, archive(), leaderboard=crediting.leaderboard)),
             lambda: crediting.leaderboard))
         await stack.enter_async_context(serve_admin(
             AdminService(authority, link, node.publish_bans), admin_socket(folder)))
@@ -101,7 +113,15 @@ async def serve(experiment: Experiment, authority: Authority, certificate: Certi
         stack.callback(follower.keep)
         stack.callback(asyncio.create_task(crediting.keep()).cancel)
         stack.callback(asyncio.create_task(in_step.keep(stop)).cancel)
-        await _follow(follower, authority, node, stop, lambda: feed.publish(_newest(follower, about, crediting)))
+
+        def look() -> None:
+            if archiver:
+                archiver.look(follower.state)
+            feed.publish(newest())  # also after a reading that failed: the page then says how old its figures are
+
+        if archiver:
+            await stack.enter_async_context(archiving(archiver))
+        await _follow(follower, authority, node, stop, look)
         logger.info("stopping")
 
 
@@ -141,12 +161,8 @@ def _stop_event() -> asyncio.Event:
     return stop
 
 
-def _newest(follower: SwarmFollower, about: About, crediting: Crediting) -> dict[str, Any]:
-    return swarm_json(follower.state, about, time.time(), leaderboard=crediting.leaderboard)
-
-
 async def _follow(follower: SwarmFollower, authority: Authority, node: Node, stop: asyncio.Event,
-                  publish: Callable[[], None]) -> None:
+                  look: Callable[[], None]) -> None:
     known = frozenset[str]()
     while not stop.is_set():
         if not node.is_alive():
@@ -159,7 +175,7 @@ async def _follow(follower: SwarmFollower, authority: Authority, node: Node, sto
         except (OSError, sqlite3.Error) as error:  # a full disk: the last list stands
             logger.warning("the list of bans could not be signed: %s", error)
         known = _remember(node, follower.state, known)
-        publish()  # also after a reading that failed: the page then says how old its figures are
+        look()
         with suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), POLL_SECONDS)
 

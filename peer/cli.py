@@ -119,6 +119,17 @@ def coordinator(
         tls_cert: Annotated[Path | None, typer.Option(
             help="your own certificate for gRPC, PEM; default: one is made")] = None,
         tls_key: Annotated[Path | None, typer.Option(help="its key, PEM")] = None,
+        archive_every_epochs: Annotated[int, typer.Option(
+            min=0, help="epochs between checkpoints of the swarm's state, in STATE_DIR/checkpoints; 0: none")] = 10,
+        keep_last_checkpoints: Annotated[int, typer.Option(
+            min=2, help="older checkpoints than this many are deleted")] = 3,
+        data: Annotated[Path | None, typer.Option(
+            help="folder of images to evaluate each checkpoint on: k-NN, or top-1 and top-5 of a classifier")] = None,
+        evaluate: Annotated[bool, typer.Option(
+            "--evaluate", help="Evaluate also where the experiment makes its own images.")] = False,
+        upload_to_hub: Annotated[str, typer.Option(
+            metavar="REPO", help="Upload each checkpoint to this Hugging Face repository; with the token in HF_TOKEN "
+            "or of `hf auth login`. Made if need be, private.")] = "",
         as_json: Json = False) -> None:
     """Start the first node of an experiment, or one more; prints the join link and the status page's address."""
     from platformdirs import user_state_path
@@ -127,9 +138,13 @@ def coordinator(
         raise BadInput("neither a recipe nor --join" if recipe is None else "a recipe and --join", expected="one of "
                        "them: a run of your own, or another coordinator's", mend="`covey recipes` lists recipes.")
     from averaging.experiment import load_experiment, run_id
+    from coordinator.archive import ArchiveOptions
     from coordinator.coordinator import run_coordinator
     from coordinator.link import parse_link
     from coordinator.standby import stand_by
+    if not archive_every_epochs and (data or evaluate or upload_to_hub):
+        raise BadInput("--data, --evaluate or --upload-to-hub without an archive", expected="--archive-every-epochs "
+                       "above 0", mend="Give a number of epochs, or leave these out.")
     folder, handover = user_state_path("covey") / "coordinator", None
     if standing_by is not None:
         link = parse_link(standing_by)
@@ -139,7 +154,9 @@ def coordinator(
     run_coordinator(experiment, state_dir=state_dir or folder / run_id(experiment), handover=handover,
                     host=listen, announce_host=announce_host, p2p_port=port, grpc_port=grpc_port,
                     http_port=http_port, is_open=is_open, token_hours=token_hours, tls_files=(tls_cert, tls_key),
-                    json_output=as_json)
+                    json_output=as_json, archive=ArchiveOptions(
+                        archive_every_epochs, keep_last_checkpoints, evaluate or data is not None, data,
+                        upload_to_hub) if archive_every_epochs else None)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from platformdirs import user_state_path
 
+from averaging.backoff import Backoff
 from averaging.identity import open_key
 from coordinator.http import serve_http
 from coordinator.link import Link
@@ -28,7 +29,7 @@ from peer.job import Job, keep_membership, write_job
 from peer.membership import stay
 from peer.metrics import PeerMetrics
 from peer.recorder import Recorder
-from peer.supervisor import Backoff, Ending, Observer, Supervisor
+from peer.supervisor import Ending, Observer, Supervisor
 from proto.peer_pb2 import PeerStatus
 from training.config import validate
 from training.data.checks import check_data

@@ -86,7 +86,7 @@ async def _train(stack: AsyncExitStack, console: Console, overrides: Sequence[st
     began = monotonic()
     console.print("starting a coordinator …")
     coordinator = await stack.enter_async_context(_process(
-        ["coordinator", "demo", *overrides, *_local_ports("--grpc-port"),
+        ["coordinator", "demo", *overrides, "--archive-every-epochs", "0", *_local_ports("--grpc-port"),
          "--state-dir", str(state_dir / "coordinator")], state_dir / "coordinator.log"))
     ready = await _first(coordinator, "ready")
     console.print(f"status page {ready['dashboard_url']}\nmetrics     {ready['metrics_url']}\n"

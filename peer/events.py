@@ -1,16 +1,13 @@
 """The pipe from worker to daemon: WorkerEvent messages, each after its length (4 bytes, big-endian)."""
 
-import asyncio
 import os
 import select
-import struct
 import threading
 import time
 from collections.abc import AsyncIterator
 
+from averaging.pipe import framed, read_messages
 from proto.peer_pb2 import WorkerEvent
-
-_LENGTH = struct.Struct(">I")
 
 
 class EventWriter:
@@ -29,11 +26,10 @@ class EventWriter:
 
     def send(self, event: WorkerEvent) -> bool:
         """Whether `event` was taken: False if the pipe stayed full, or the daemon is gone."""
-        message = event.SerializeToString()
         wait_seconds = 0.0 if event.WhichOneof("event") == "step" else self._timeout_seconds
         with self._lock:
             try:
-                return self._send(_LENGTH.pack(len(message)) + message, wait_seconds)
+                return self._send(framed(event), wait_seconds)
             except BrokenPipeError:
                 return False
 
@@ -64,14 +60,5 @@ class EventWriter:
 
 async def read_events(fd: int) -> AsyncIterator[WorkerEvent]:
     """The daemon's end: every event until all writers have closed the pipe. Takes `fd` over and closes it."""
-    stream = asyncio.StreamReader()
-    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(fd, "rb", buffering=0))
-    try:
-        while True:
-            (length,) = _LENGTH.unpack(await stream.readexactly(_LENGTH.size))
-            yield WorkerEvent.FromString(await stream.readexactly(length))
-    except asyncio.IncompleteReadError:
-        return  # the worker is gone, perhaps in the midst of a message
-    finally:
-        transport.close()
+    async for event in read_messages(fd, WorkerEvent):
+        yield event

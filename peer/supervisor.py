@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from averaging.backoff import Backoff
 from averaging.runtime import remove_libp2p_sockets, scratch_dir
 from peer.events import read_events
 from peer.job import Job
@@ -27,21 +28,6 @@ class Ending:
 
     exit_code: int
     message: str = ""
-
-
-@dataclass(frozen=True)
-class Backoff:
-    """Seconds between a worker's failure and the next start: doubled by every failure, up to a ceiling."""
-
-    first_seconds: float = 1.0
-    ceiling_seconds: float = 60.0
-    healthy_seconds: float = 300.0  # a worker that ran for so long makes the next wait the first again
-
-    def after(self, last_seconds: float, uptime_seconds: float) -> float:
-        """The wait after a worker that ran `uptime_seconds`; the wait before it was `last_seconds`, or 0."""
-        if last_seconds == 0 or uptime_seconds >= self.healthy_seconds:
-            return self.first_seconds
-        return min(2 * last_seconds, self.ceiling_seconds)
 
 
 class Observer(Protocol):

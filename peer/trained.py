@@ -7,6 +7,7 @@ from averaging.experiment import Experiment, parse
 from training.checkpoint import load_into, newest_checkpoint, read_checkpoint
 from training.errors import BadInput
 from training.objectives.objective import Objective, build_objective
+from training.recipe import from_scratch
 
 
 @dataclass(frozen=True)
@@ -24,15 +25,9 @@ def open_trained(path: Path) -> Trained:
     path = _checkpoint_file(path)
     checkpoint = read_checkpoint(path)
     experiment = parse(checkpoint.experiment)
-    objective = build_objective(_from_scratch(experiment))
+    objective = build_objective(from_scratch(experiment))
     load_into(checkpoint, objective)
     return Trained(path, checkpoint.epoch, experiment, objective)
-
-
-def _from_scratch(experiment: Experiment) -> Experiment:
-    """`experiment` without the file that its trunk began from, which may be gone: the checkpoint has all weights."""
-    trunk = experiment.model.trunk.model_copy(update={"pretrained": ""})
-    return experiment.model_copy(update={"model": experiment.model.model_copy(update={"trunk": trunk})})
 
 
 def _checkpoint_file(path: Path) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 CONTRACTS = tuple(f"proto/{name}.proto" for name in (
-    "swarm", "coordinator", "authority", "replica", "identity", "peer", "receipts", "round"))
+    "swarm", "archive", "coordinator", "authority", "replica", "identity", "peer", "receipts", "round"))
 SERVICES = ("proto/coordinator.proto", "proto/authority.proto", "proto/replica.proto", "proto/peer.proto")
 
 

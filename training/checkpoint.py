@@ -47,22 +47,36 @@ def write_checkpoint(directory: Path, *, epoch: int, experiment: bytes, fingerpr
     """Writes a checkpoint and removes all but the newest `keep_last`; the path of its tensor file.
 
     `progress` must be what JSON can hold; `strategy`: tensors of the averaging strategy. Atomic: a crash at any moment
-    leaves the earlier checkpoints, and this one whole or not at all.
+    leaves the earlier checkpoints, and this one whole or not at all. Raises OSError where the disk is full or the like,
+    having left nothing half-written.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"epoch-{epoch:08d}.safetensors"
-    staged = path.with_suffix(".safetensors.tmp")
-    save_file(_state(objective, optimizer, strategy or {}), staged)
-    digest = _sha256(staged)
-    move_into_place(staged, path)
-
-    staged = path.with_suffix(".json.tmp")
-    staged.write_text(json.dumps({
-        "epoch": epoch, "fingerprint": fingerprint, "progress": dict(progress or {}),
-        "experiment": experiment.decode(), "torch": torch.__version__, "sha256": digest}, indent=1))
-    move_into_place(staged, path.with_suffix(".json"))
+    meta = {"epoch": epoch, "fingerprint": fingerprint, "progress": dict(progress or {}),
+            "experiment": experiment.decode(), "torch": torch.__version__}
+    try:
+        _write(path, _state(objective, optimizer, strategy or {}), meta)
+    except BaseException:
+        for staged in directory.glob(f"{path.stem}.*.tmp"):
+            staged.unlink(missing_ok=True)
+        if not path.with_suffix(".json").exists():
+            path.unlink(missing_ok=True)
+        raise
     _prune(directory, keep_last, path)
     return path
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    staged = path.with_suffix(".safetensors.tmp")
+    try:
+        save_file(dict(tensors), staged)
+    except SafetensorError as error:  # its word for a full disk
+        raise OSError(f"{path}: {error}") from None
+    digest = _sha256(staged)
+    move_into_place(staged, path)
+    staged = path.with_suffix(".json.tmp")
+    staged.write_text(json.dumps({**meta, "sha256": digest}, indent=1))
+    move_into_place(staged, path.with_suffix(".json"))
 
 
 def newest_checkpoint(directory: Path, *, up_to: int | None = None) -> Path | None:

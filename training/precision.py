@@ -11,6 +11,7 @@ from training.models.config import Amp
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 INITIAL_SCALE, SMALLEST_SCALE = 2.0**16, 2.0**-10
+INITIAL_STATE = {"loss_scale": INITIAL_SCALE, "good_steps": 0}  # of float16; the others have none
 GROWTH_INTERVAL = 2000  # good micro-batches after which the scale is doubled (as in torch.amp and Apex)
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ Imports no torch.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -47,6 +47,15 @@ class Training(Config):
             raise ValueError(f"evaluation.crop_size = {side}, the only size that {self.model.trunk.name} takes, not "
                              f"{self.evaluation.crop_size}")
         return self
+
+
+Trained = TypeVar("Trained", bound=Training)
+
+
+def from_scratch(training: Trained) -> Trained:
+    """`training` without the file that its trunk begins from, which may not be here: for whom all weights are given."""
+    trunk = training.model.trunk.model_copy(update={"pretrained": ""})
+    return training.model_copy(update={"model": training.model.model_copy(update={"trunk": trunk})})
 
 
 class SwavTraining(Training):

@@ -118,9 +118,9 @@ class Collaborative(Strategy):
         self._on_its_way = None
         super()._forget()
 
-    def _load(self, state: Any) -> bool:
+    def load_state(self, state: Any) -> bool:
         """Also makes the update that is on its way at the sender, though without its gradient, to be in pace."""
-        loaded = super()._load(state)
+        loaded = super().load_state(state)
         if loaded and self._lacking:
             with self._lock:
                 self._update([torch.zeros_like(p) for p in self.params])

@@ -90,9 +90,9 @@ class DiLoCo(Strategy):
         """Others get the anchors, which all have in common, for parameters."""
         return super()._state() | {f"parameters.{index}": anchor for index, anchor in enumerate(self._anchors)}
 
-    def _load(self, state: Mapping[str, Tensor]) -> bool:
+    def load_state(self, state: Mapping[str, Tensor]) -> bool:
         with self._lock:
-            loaded = super()._load(state)
+            loaded = super().load_state(state)
             if loaded:
                 self._return_to_anchors()
         return loaded

@@ -94,7 +94,7 @@ class Strategy(ABC):
             p for group in optimizer.param_groups if group.get("allow_data_parallelism", True) for p in group["params"]]
         self.buffers = [buffer for buffer in shared_buffers if buffer.is_floating_point()]
         self._on_round, self._on_state_load = on_round, on_state_load
-        self._lock = Condition()  # around every change of what `_read` reads
+        self._lock = Condition()  # around every change of what `read_state` reads
         self._gathered = Gathered(self.params)
         self._refused = Counter[str]()
         self._open: list[Round] = []
@@ -120,7 +120,7 @@ class Strategy(ABC):
     def resume(self, epoch: int) -> None:
         """Take up at `epoch`, parameters and all else having been loaded from a checkpoint; before the first step."""
         self._enter(epoch)
-        self.transport.offer_state(self._read)
+        self.transport.offer_state(self.read_state)
 
     def step(self, samples: int) -> Progress:
         """Add the micro-batch's gradients (its mean over `samples`); update when it is time, with whoever is there.
@@ -333,7 +333,7 @@ class Strategy(ABC):
         log.info("epoch %d: the swarm is at %d, downloading its state", self._epoch, self._furthest())
         self._forget()
         found = self.transport.fetch_state()
-        succeeded = found is not None and self._load(found[1])
+        succeeded = found is not None and self.load_state(found[1])
         self._may_lag = not succeeded
         self._tell()
         self._on_state_load(StateLoad(self._epoch, monotonic() - started, succeeded))
@@ -355,19 +355,22 @@ class Strategy(ABC):
         state |= {f"strategy.{name}": value for name, value in self.shared_state().items()}
         return state | {"epoch": torch.tensor(self._epoch)}
 
-    def _read(self) -> dict[str, Tensor]:
+    def read_state(self) -> dict[str, Tensor]:
         """A copy of the state, on the CPU; from any thread."""
         with self._lock:
             return {name: value.detach().to("cpu", copy=True) for name, value in self._state().items()}
 
-    def _load(self, state: Mapping[str, Tensor]) -> bool:
+    def refusal(self, state: Mapping[str, Tensor]) -> str:
+        """Why `load_state` would not take this one; empty if it would."""
+        return _misfit(state, self._state()) or ("it is older" if state["epoch"] < self._epoch else "")
+
+    def load_state(self, state: Mapping[str, Tensor]) -> bool:
         """Take over a downloaded state; False, and nothing is changed, where it is not one of ours, or an old one."""
-        ours = self._state()
-        if reason := _misfit(state, ours) or ("it is older" if state["epoch"] < self._epoch else ""):
+        if reason := self.refusal(state):
             log.warning("a downloaded state is refused: %s", reason)
             return False
         with self._lock, torch.no_grad():
-            for name, value in ours.items():
+            for name, value in self._state().items():
                 value.copy_(state[name])
             self._enter(int(state["epoch"]))
         return True

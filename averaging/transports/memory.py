@@ -1,4 +1,5 @@
-"""Several peers as threads of one process: the transport of tests, deterministic, with faults on demand."""
+"""Several peers as threads of one process: the transport of tests, deterministic, with faults on demand; and of one
+who meets nobody."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

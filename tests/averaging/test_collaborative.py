@@ -353,7 +353,7 @@ def test_parameters_that_are_to_stay_local_follow_their_own_gradients() -> None:
         expected = [p - 0.1 * g for p, g in zip(network().parameters(), [*mean[:3], *own[3:]], strict=True)]
         assert_close(peer.parameters, expected)
     assert not torch.equal(peers[0].parameters[4], peers[1].parameters[4])
-    assert not any(value.shape == (3, 10) for value in peers[0].stepper._read().values()), "nor downloaded"
+    assert not any(value.shape == (3, 10) for value in peers[0].stepper.read_state().values()), "nor downloaded"
 
 
 def test_hurry_ends_the_wait_for_others() -> None:
@@ -509,7 +509,7 @@ def test_a_newcomer_of_an_overlapping_swarm_is_in_pace_and_soon_equal() -> None:
         peer.stepper.settle()
     assert len(late.loads) == 1
     assert outcomes(late) == [("averaged", 3)] * 3
-    ours, theirs = late.stepper._read(), early[0].stepper._read()
+    ours, theirs = late.stepper.read_state(), early[0].stepper.read_state()
     assert any(name.endswith(".step") for name in ours)
     assert_equal([ours[name] for name in theirs], theirs.values())
 

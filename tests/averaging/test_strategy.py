@@ -255,7 +255,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(fault: str) ->
 def test_what_others_download_is_never_of_two_epochs() -> None:
     peer = Peer(MemorySwarm(4), "a", Averaging(target_batch_size=4, target_group_size=2))
     peer.stepper.resume(0)
-    read, done, taken = peer.stepper._read, Event(), list[dict[str, Tensor]]()
+    read, done, taken = peer.stepper.read_state, Event(), list[dict[str, Tensor]]()
 
     def keep_reading() -> None:
         while not done.is_set():
@@ -300,7 +300,7 @@ def test_the_optimisers_step_counters_are_downloaded_but_not_averaged() -> None:
     params = [torch.zeros(3, requires_grad=True), torch.zeros((), requires_grad=True)]  # a counter's shape too
     stepper = open_strategy(Averaging(**CONFIG), transport=Elsewhere(), optimizer=torch.optim.AdamW(params))
     assert [value.shape for value in stepper.statistics()] == [(3,), (3,), (), ()]
-    assert sum(name.endswith(".step") for name in stepper._read()) == 2
+    assert sum(name.endswith(".step") for name in stepper.read_state()) == 2
 
 
 def test_a_round_in_the_records_carries_what_the_transport_says_of_it() -> None:

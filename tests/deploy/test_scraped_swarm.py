@@ -60,7 +60,7 @@ class Story:
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
     folder = tmp_path_factory.mktemp("scraped")
-    swarm = Swarm(folder, overrides=[REMEMBERED])
+    swarm = Swarm(folder, overrides=[REMEMBERED], flags=["--evaluate"], archive_every_epochs=4)
     try:
         coordinator = swarm.coordinator()
         joined = {name: swarm.join("--stop-at-epoch", str(last), "--checkpoint-every-epochs", "2", name=name)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import uvloop
 
+from averaging.backoff import Backoff
 from coordinator.state_dir import open_state_dir
 from peer.config import PeerConfig
 from peer.daemon import run_job
 from peer.job import Job
 from peer.progress import progress
-from peer.supervisor import Backoff
 
 FAKE_WORKER = str(Path(__file__).with_name("fake_worker.py"))
 

@@ -70,6 +70,17 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
     assert "Did you mean 'demo'?" in line
 
 
+@pytest.mark.parametrize(("flags", "found"), [
+    (["--archive-every-epochs", "0", "--evaluate"], "without an archive"),
+    (["--data", "/nowhere"], "demo"),
+    (["--upload-to-hub", "me/my/model"], "--upload-to-hub me/my/model"),
+])
+def test_an_archive_that_could_not_do_its_work_is_refused_at_the_start(flags: list[str], found: str,
+                                                                       tmp_path: Path) -> None:
+    assert found in refused("coordinator", "demo", *flags, "--state-dir", str(tmp_path / "state"))
+    assert not (tmp_path / "state").exists()
+
+
 def test_an_unknown_key_names_the_nearest() -> None:
     line = refused("coordinator", "demo", "loss.temprature=0.2")
     assert "loss.temprature" in line

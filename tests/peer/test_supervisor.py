@@ -11,9 +11,10 @@ import psutil
 import pytest
 from processes import is_running, until, worker_pids
 
+from averaging.backoff import Backoff
 from peer.config import PeerConfig
 from peer.job import Job
-from peer.supervisor import Backoff, Ending, Supervisor
+from peer.supervisor import Ending, Supervisor
 from proto.peer_pb2 import PeerStatus, WorkerEvent
 
 FAKE_WORKER = str(Path(__file__).with_name("fake_worker.py"))

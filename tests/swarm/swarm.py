@@ -84,8 +84,9 @@ class Swarm:
     """A coordinator and as many volunteers as a test asks for, shared by the tests of a module."""
 
     def __init__(self, folder: Path, recipe: str = RECIPE, overrides: Sequence[str] = (), *,
-                 flags: Sequence[str] = ()) -> None:
-        self.folder, self._recipe, self._overrides = folder, recipe, [*overrides, *flags]
+                 flags: Sequence[str] = (), archive_every_epochs: int = 0) -> None:
+        self.folder, self._recipe = folder, recipe
+        self._overrides = [*overrides, *flags, "--archive-every-epochs", str(archive_every_epochs)]
         self._coordinator: Covey | None = None
         self._volunteers: list[Covey] = []
         self._all: list[Covey] = []  # ever started

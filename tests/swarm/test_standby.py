@@ -51,9 +51,9 @@ class Town:
 
 
 def stand_by(folder: Path, link: str, grpc_port: int = 0, **environment: str) -> Covey:
-    made = Covey(["coordinator", "--join", link, "--listen", "127.0.0.1", "--port", "0", "--grpc-port", str(grpc_port),
-                  "--http-port", "0", "--state-dir", str(folder / "standby"), *FLAGS], folder / "standby.log",
-                 **environment)
+    made = Covey(["coordinator", "--join", link, "--archive-every-epochs", "0", "--listen", "127.0.0.1",
+                  "--port", "0", "--grpc-port", str(grpc_port), "--http-port", "0", "--state-dir",
+                  str(folder / "standby"), *FLAGS], folder / "standby.log", **environment)
     made.wait_for("ready")
     return made
 

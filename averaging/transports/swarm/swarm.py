@@ -168,7 +168,7 @@ class Swarm:
         self._start(Setup(
             run_id=run_id, key=key, config=config, peer_id=self.peer_id, authoriser=authoriser or OpenSwarm(),
             mode="auxiliary" if auxiliary else "client" if client_mode else "node", board=self._board,
-            daemon=dht.run_coroutine(_daemon_address, return_future=True).result(timeout=START_SECONDS)))
+            daemon=dht.daemon_address(START_SECONDS)))
 
     def _start(self, setup: Setup) -> None:
         self._channel, theirs = channel()
@@ -454,8 +454,3 @@ def _parts(vector: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     lengths = [tensor.numel() for tensor in tensors]
     parts = torch.split(vector[:sum(lengths)], lengths) if lengths else ()
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-
-
-async def _daemon_address(_dht: Any, node: Any) -> str:
-    """Of libp2p's daemon; runs in the DHT's process."""
-    return str(node.p2p.daemon_listen_maddr)
