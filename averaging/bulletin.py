@@ -134,13 +134,12 @@ class Bulletin:
 
     def _idle_seconds(self) -> float:
         reading = self._read + self._reading_period() - monotonic()
-        telling = self._told + self._config.min_refresh_period - monotonic()
+        telling = self._told + self._telling_period() - monotonic()
         return max(0.01, min(reading, telling))
 
     def _is_time_to_tell(self) -> bool:
-        age = monotonic() - self._told
-        due = self._config.report_progress_expiration / 3 if self._is_told else self._config.min_refresh_period
-        return age >= min(due, self._config.max_refresh_period)
+        due = self._config.report_progress_expiration / 3 if self._is_told else self._telling_period()
+        return monotonic() - self._told >= min(due, self._config.max_refresh_period)
 
     def _tell(self) -> "Future[bool]":
         with self._changed:
@@ -163,6 +162,9 @@ class Bulletin:
             self._seen = {peer: seen for peer, seen in self._seen.items() if peer in there}
             self._missed = {peer: told for peer, told in self._missed.items() if peer in there}
         self._read = monotonic()
+
+    def _telling_period(self) -> float:
+        return roster.telling_period(1 + len(self._others), self._config)
 
     def _reading_period(self) -> float:
         return roster.next_reading(self.records(), self._record.peer_id, self._config, get_dht_time())

@@ -6,6 +6,7 @@ import averaging.fork  # noqa: F401
 import asyncio.subprocess
 import os
 from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,13 @@ from typing import Any
 
 import hivemind
 import psutil
+from hivemind.dht.node import DHTNode
 from hivemind.dht.validation import RecordValidatorBase
 from hivemind.p2p import P2P
 from hivemind.utils.auth import AuthorizerBase
 from hivemind.utils.crypto import RSAPrivateKey
 
+from averaging.holders import Found, Holders
 from averaging.identity import open_key
 from averaging.pending_calls import mend_pending_calls
 from averaging.process import die_with_parent
@@ -33,6 +36,7 @@ class DHT(hivemind.DHT):  # type: ignore[misc]  # hivemind is untyped
     """
 
     _p2pd: psutil.Process | None = None
+    _holders: Holders  # in the child
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -57,6 +61,19 @@ class DHT(hivemind.DHT):  # type: ignore[misc]  # hivemind is untyped
             return receive()
         self._inner_pipe.recv = receive_whole
         super().run()
+
+    def tell(self, key: str, subkey: Any, value: Any, expires: float) -> "Future[bool]":
+        """Store an entry of the dictionary `key` until `expires` (DHT time), as averaging/holders.py does; at once.
+
+        The future is done when nodes have it, and false if none took it.
+        """
+        told: Future[bool] = self.run_coroutine(
+            partial(_tell, key=key, subkey=subkey, value=value, expires=expires), return_future=True)
+        return told
+
+    def look(self, key: str, timeout: float) -> Found:
+        """The entries of the dictionary `key`. Raises TimeoutError after `timeout` seconds."""
+        return dict(self.run_coroutine(partial(_look, key=key), return_future=True).result(timeout=timeout))
 
     @property
     def is_serving(self) -> bool:
@@ -103,12 +120,26 @@ def start_dht(*, identity_path: Path, host_maddrs: Sequence[str], initial_peers:
               check_if_identity_free=False, startup_timeout=startup_timeout, shutdown_timeout=1.0, start=False)
     try:
         dht.run_in_background(await_ready=True, timeout=startup_timeout)
+        dht.run_coroutine(_serve)
     except BaseException:
         dht.kill()
         dht.join()
         dht.shutdown()
         raise
     return dht
+
+
+async def _serve(dht: DHT, node: DHTNode) -> None:
+    dht._holders = Holders(node)
+    await dht._holders.serve()
+
+
+async def _tell(dht: DHT, node: DHTNode, *, key: str, subkey: Any, value: Any, expires: float) -> bool:
+    return await dht._holders.store(key, subkey, value, expires)
+
+
+async def _look(dht: DHT, node: DHTNode, *, key: str) -> Found:
+    return await dht._holders.read(key)
 
 
 def open_identity(identity_path: Path) -> RSAPrivateKey:

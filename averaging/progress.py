@@ -2,17 +2,17 @@
 
 from concurrent.futures import Future
 from dataclasses import asdict
-from typing import Any
+from functools import lru_cache
 
 import pydantic.v1 as pydantic  # hivemind's SchemaValidator takes no other
-from hivemind.dht import DHT
 from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.dht.schema import BytesWithPublicKey, SchemaValidator
 from hivemind.dht.validation import RecordValidatorBase
-from hivemind.utils import ValueWithExpiration, get_dht_time
+from hivemind.utils import MSGPackSerializer, get_dht_time
 from hivemind.utils.crypto import RSAPrivateKey
 
 from averaging.ban_records import BanValidator
+from averaging.dht import DHT
 from averaging.identity import peer_id_of
 from averaging.receipt_records import ReceiptValidator
 from averaging.records import ARCHIVING, PEER_STATES, PeerRecord, Refusals, Rounds, RoundSeconds
@@ -97,24 +97,21 @@ def publish_record(dht: DHT, run_id: str, key: RSAPrivateKey, record: PeerRecord
     The future is done when nodes of the DHT have it, and false if none took it.
     """
     value = asdict(record) | {"addresses": list(record.addresses)}  # the wire has no tuples
-    stored: Future[bool] = dht.store(
-        f"{run_id}_peers", subkey=RSASignatureValidator(key).local_public_key, value=value,
-        expiration_time=get_dht_time() + lifetime_seconds, return_future=True)
-    return stored
+    return dht.tell(f"{run_id}_peers", RSASignatureValidator(key).local_public_key, value,
+                    get_dht_time() + lifetime_seconds)
 
 
 def read_records(dht: DHT, run_id: str, *, timeout: float = 5.0) -> list[PeerRecord]:
     """Every live record of the experiment. Malformed ones are left out; raises TimeoutError after `timeout` seconds."""
-    found = dht.get(f"{run_id}_peers", latest=True, return_future=True).result(timeout=timeout)
-    if found is None or not isinstance(found.value, dict):
-        return []
-    records = (_parse(owner, value) for owner, value in found.value.items())
+    found = dht.look(f"{run_id}_peers", timeout)
+    records = (_parse(owner, value) for owner, (value, _) in found.items())
     return [record for record in records if record is not None]
 
 
-def _parse(owner: object, value: ValueWithExpiration[Any]) -> PeerRecord | None:
+@lru_cache(maxsize=8192)
+def _parse(owner: object, value: bytes) -> PeerRecord | None:
     try:  # again what every node should have checked: one that doesn't may have handed it to us
-        fields = RecordSchema.parse_obj(value.value).dict()
+        fields = RecordSchema.parse_obj(MSGPackSerializer.loads(value)).dict()
         if not isinstance(owner, bytes) or fields["peer_id"] != _signer(owner):
             return None  # somebody speaks in another's name
     except ValueError:
@@ -124,6 +121,7 @@ def _parse(owner: object, value: ValueWithExpiration[Any]) -> PeerRecord | None:
         "refused": Refusals(**fields["refused"]), "addresses": tuple(fields["addresses"])})
 
 
+@lru_cache(maxsize=8192)
 def _signer(owner: bytes) -> str:
     """The libp2p peer id that belongs to the public key in a signed record's subkey. Raises ValueError."""
     return peer_id_of(owner.removeprefix(b"[owner:").removesuffix(b"]"))

@@ -9,6 +9,7 @@ from averaging.config import Averaging
 from averaging.records import ARCHIVING, PeerRecord
 from averaging.transports.transport import Standing
 
+FEW = 4  # peers; in larger swarms each tells of itself less often, so that there is not more to read each second
 RECENT_SECONDS = 20.0  # two of the longest refresh periods, by default: who lives has written since
 
 
@@ -95,6 +96,14 @@ def next_reading(records: Sequence[PeerRecord], me: str, config: Averaging, now:
         return config.min_refresh_period
     seconds = left / speed / 2 if speed > 0 else config.max_refresh_period
     return min(max(seconds, config.min_refresh_period), config.max_refresh_period)
+
+
+def telling_period(peers: int, config: Averaging) -> float:
+    """Seconds at least between two tellings of a record that has changed, in a swarm of so many, this peer included.
+
+    Others reckon from its speed meanwhile (`standing`); what they can't, a new epoch or state, is told at once.
+    """
+    return min(config.min_refresh_period * max(1.0, peers / FEW), config.max_refresh_period)
 
 
 def majority(records: Sequence[PeerRecord], epoch: int) -> tuple[bytes, tuple[str, ...]]:

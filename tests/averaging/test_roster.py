@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from averaging.config import Averaging
 from averaging.records import ARCHIVING, PeerRecord
-from averaging.roster import group_of, known, majority, members, next_reading, partition, standing
+from averaging.roster import group_of, known, majority, members, next_reading, partition, standing, telling_period
 
 CONFIG = Averaging(target_batch_size=1000, target_group_size=4, min_refresh_period=0.5, default_refresh_period=3.0,
                    max_refresh_period=10.0)
@@ -171,6 +171,11 @@ def test_readings_come_closer_towards_the_end_of_the_epoch() -> None:
     ([], 3.0), ([record("a", auxiliary=True)], 3.0), ([record("a")], 10.0), ([record("a", epoch=6)], 0.5)])
 def test_readings_of_the_lone_the_slow_and_the_late(others: list[PeerRecord], seconds: float) -> None:
     assert next_reading([record("me"), *others], "me", CONFIG, 100.0) == seconds
+
+
+@pytest.mark.parametrize(("peers", "seconds"), [(1, 0.5), (4, 0.5), (8, 1.0), (64, 8.0), (80, 10.0), (1000, 10.0)])
+def test_in_a_larger_swarm_each_tells_less_often_within_bounds(peers: int, seconds: float) -> None:
+    assert telling_period(peers, CONFIG) == seconds
 
 
 def test_majority_is_more_than_half_of_those_who_tell() -> None:

@@ -33,6 +33,7 @@ from swarm_peers import RUN, Peer, acquainted, enter, meet, swarm, together
 from torch import Tensor
 
 from averaging import messages
+from averaging.holders import Holders
 from averaging.messages import (
     Ask,
     Average,
@@ -290,7 +291,8 @@ def test_what_is_too_long_is_not_taken(town: Town, quiet: Tensor) -> None:
 
 def test_garbage_breaks_nothing(town: Town, quiet: Tensor) -> None:
     """On every name that members listen to, as a message and as a stream."""
-    names = (MESSAGE, STREAMS, STATE, "DHTProtocol.rpc_ping", "DHTProtocol.rpc_store", "DHTProtocol.rpc_find", "else")
+    names = (MESSAGE, STREAMS, STATE, "DHTProtocol.rpc_ping", "DHTProtocol.rpc_store", "DHTProtocol.rpc_find",
+             "Holders.rpc_news", "else")
     draw = torch.Generator().manual_seed(5)
 
     def attack(round: RoundId) -> None:
@@ -334,7 +336,8 @@ class Pretender(TokenAuthorizerBase):  # type: ignore[misc]  # hivemind is untyp
 
 async def ask(town: Town, peer: str, authorizer: TokenAuthorizerBase | None, call: str, request: Any) -> str:
     """What a node of the DHT answers to the stranger."""
-    stub = super(DHTProtocol, DHTProtocol).get_stub(town.stranger.p2p, PeerID.from_base58(peer))
+    servicer = Holders if call == "rpc_news" else DHTProtocol
+    stub = super(servicer, servicer).get_stub(town.stranger.p2p, PeerID.from_base58(peer))
     if authorizer:
         stub = AuthRPCWrapper(stub, AuthRole.CLIENT, authorizer, None)
     try:
@@ -352,7 +355,8 @@ def test_it_neither_reads_nor_writes_the_records(town: Town, quiet: Tensor) -> N
     def attack(round: RoundId) -> None:
         for authorizer in [None, *(Pretender(town.stranger, shown) for shown in tokens)]:
             for peer in town.members:
-                for call, request in (("rpc_find", dht_pb2.FindRequest(keys=[board])), ("rpc_store", store)):
+                for call, request in (("rpc_find", dht_pb2.FindRequest(keys=[board])), ("rpc_store", store),
+                                      ("rpc_news", dht_pb2.FindRequest(keys=[board]))):
                     assert town.stranger.do(ask(town, peer.id, authorizer, call, request)).startswith("refused")
 
     weights, _ = train(town, "records", gathering=attack)
