@@ -13,7 +13,7 @@ from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -38,8 +38,15 @@ def coordinator_app(state: Callable[[], SwarmState], about: About, registry: Col
                     leaderboard: Callable[[], Leaderboard] = Leaderboard) -> ASGIApp:
     """The page and what it reads, `/metrics` and `/healthz`; read-only. `clock` gives Unix seconds."""
 
+    known: tuple[object, ...] = ()
+    made = asset(b"", "")
+
     async def swarm(request: Request) -> Response:
-        return JSONResponse(swarm_json(state(), about, clock(), archive(), leaderboard()), headers=NO_STORE)
+        nonlocal known, made
+        if known != (newest := (read := state(), is_fresh(read, clock()), archive(), leaderboard())):
+            body = json.dumps(swarm_json(read, about, clock(), archive(), leaderboard()), allow_nan=False)
+            known, made = newest, asset(body.encode(), "application/json")
+        return answer(request, made, NO_STORE)
 
     async def healthz(request: Request) -> Response:
         if is_fresh(state(), clock()):

@@ -1,6 +1,7 @@
 """One view of the swarm for all who look: the gRPC snapshot, the JSON and the page have equal figures."""
 
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, is_dataclass
 from itertools import islice
 from math import isfinite
 from typing import Any
@@ -11,6 +12,7 @@ from coordinator.swarm import Peer, SwarmState
 
 INVITE = "INVITE"  # in a link for all to see, where one's own has to stand
 MOST_ROWS = 50     # of the leaderboard
+UNTOLD = {"time", "addresses", "sketch", "seconds", "client_mode", "auxiliary"}  # of a record
 FRESH_SECONDS = 30.0  # older readings tell nothing of the swarm as it is
 NOBODY = Leaderboard()
 
@@ -66,6 +68,7 @@ def swarm_json(state: SwarmState, about: About, now: float, archive: Archive | N
                leaderboard: Leaderboard = NOBODY) -> dict[str, Any]:
     """What `/api/swarm` and the page tell at `now` (Unix seconds): the view, and what one makes of it."""
     return {**view(state, about, archive, leaderboard), "link": about.link, "fresh": is_fresh(state, now),
+            "peer_states": dict(Counter(peer.record.state for peer in state.peers.values())),
             "seconds_to_next_epoch": seconds_to_next_epoch(state, about.target_batch_size)}
 
 
@@ -79,7 +82,7 @@ def seconds_to_next_epoch(state: SwarmState, target_batch_size: int) -> float | 
 
 
 def _row(peer: Peer, now: float) -> dict[str, Any]:
-    row = asdict(peer.record)
-    for field in ("time", "addresses", "sketch", "seconds", "client_mode", "auxiliary"):  # the first by its own clock
-        del row[field]
-    return {**row, "mode": peer.record.mode, "last_seen_seconds": now - peer.heard}
+    record = peer.record  # asdict() takes twenty times as long, and this is done a thousand times a second
+    row = {name: dict(vars(value)) if is_dataclass(value) else value
+           for name, value in vars(record).items() if name not in UNTOLD}
+    return {**row, "mode": record.mode, "last_seen_seconds": now - peer.heard}

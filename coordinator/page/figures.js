@@ -43,7 +43,9 @@ export function tile(list, name, value, note = "") {
   return box;
 }
 
-const present = (swarm) => swarm.peers.filter((peer) => peer.state !== "leaving").length;
+// Of all peers, while swarm.peers may be the first of them only.
+export const everybody = (swarm) => Object.values(swarm.peer_states).reduce((sum, number) => sum + number, 0);
+const present = (swarm) => everybody(swarm) - (swarm.peer_states.leaving ?? 0);
 
 // [how long until it, what is gathered for it].
 function toNextEpoch(swarm) {
@@ -69,7 +71,7 @@ export function showTiles(list, swarm) {
   Object.assign(bar, { max: target, value: Math.min(samples, target) });
   tile(list, "Loss", loss(swarm.loss), swarm.loss === null ? "known after the first epoch" : "mean over peers");
   tile(list, "Samples/s", rate(swarm.samples_per_second), `${count(swarm.samples_total)} so far`);
-  tile(list, "Peers", count(swarm.peers.length), kinds(swarm.peers) || "none yet");
+  tile(list, "Peers", count(everybody(swarm)), kinds(swarm.peer_states) || "none yet");
   tile(list, "Group size", count(swarm.group_size),
     swarm.group_size ? `of at most ${count(swarm.target_group_size)}` : "known after the first round");
   tile(list, "Round duration", span(swarm.round_seconds),
@@ -82,8 +84,7 @@ export function showTiles(list, swarm) {
     .forEach((box) => { box.hidden = swarm.consensus_distance === null; });
 }
 
-function kinds(peers) {
-  return ["training", "starting", "leaving"]
-    .map((state) => [peers.filter((peer) => peer.state === state).length, state])
+function kinds(states) {
+  return ["training", "starting", "leaving"].map((state) => [states[state], state])
     .filter(([number]) => number).map(([number, state]) => `${count(number)} ${state}`).join(", ");
 }

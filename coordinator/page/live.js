@@ -4,11 +4,20 @@ const PATIENCE = 5000; // milliseconds without a reading, after which the figure
 const HALF_OPEN = 10000; // a connection silent for that long is dead, though nobody said so
 const POLLED = 10000; // between two readings when the coordinator has no place for another live viewer
 
+// A reading as /api/swarm has it, of an event: this has all rows, or those that changed since the one before.
+function whole(event, rows) {
+  for (const id of event.peers ? [...rows.keys()] : event.gone) rows.delete(id);
+  for (const row of event.peers ?? event.changed) rows.set(row.peer_id, row);
+  const peers = [...rows.values()].map((row) => ({ ...row, last_seen_seconds: event.time_seconds - row.heard_seconds }));
+  return { ...event, peers };
+}
+
 // Calls show(swarm) at every reading, and each second status(state, milliseconds since the last), of which the state is
 // "connecting", "live", "polled" or "offline".
 // Only while the page is seen: who comes back to it gets a reading at once.
 export function follow(show, status) {
   let source, retry, heard, polled = false, called = 0;
+  const rows = new Map(); // by peer id, of the events
 
   const heardOne = (swarm) => { heard = Date.now(); show(swarm); tell(); };
 
@@ -17,7 +26,7 @@ export function follow(show, status) {
     if (document.hidden) return;
     called = Date.now();
     source = new EventSource("/api/events");
-    source.onmessage = (event) => { polled = false; heardOne(JSON.parse(event.data)); };
+    source.onmessage = (event) => { polled = false; heardOne(whole(JSON.parse(event.data), rows)); };
     source.onerror = () => { if (source.readyState === EventSource.CLOSED) poll(); };
   };
 

@@ -1,7 +1,7 @@
 // The status page: who joins its parts.
 
 import { charts } from "./charts.js";
-import { count, duration, loss, setText, showTiles } from "./figures.js";
+import { count, duration, everybody, loss, setText, showTiles } from "./figures.js";
 import { leaderboard } from "./leaderboard.js";
 import { follow } from "./live.js";
 import { peers } from "./peers.js";
@@ -24,7 +24,7 @@ function announce(text) {
 function show(swarm) {
   if (newest && swarm.epoch !== newest.epoch && Date.now() - announced > ANNOUNCED_SECONDS * 1000) {
     announced = Date.now();
-    announce(`Epoch ${count(swarm.epoch)}, loss ${loss(swarm.loss)}, ${count(swarm.peers.length)} peers`);
+    announce(`Epoch ${count(swarm.epoch)}, loss ${loss(swarm.loss)}, ${count(everybody(swarm))} peers`);
   }
   newest = swarm;
   showTiles(at("tiles"), swarm);

@@ -1,6 +1,6 @@
 // The table of peers, by name.
 
-import { count, duration, loss, rate, setText, span } from "./figures.js";
+import { count, duration, everybody, loss, rate, setText, span } from "./figures.js";
 import { table } from "./table.js";
 
 const MOST_ROWS = 300; // more would make a phone slow; the JSON has all
@@ -27,7 +27,7 @@ export function peers({ peers: region, "peers-empty": empty, "peers-more": more 
   return (swarm) => {
     show([...swarm.peers].sort((a, b) => order(a) < order(b) ? -1 : 1).slice(0, MOST_ROWS));
     empty.hidden = swarm.peers.length > 0;
-    more.hidden = swarm.peers.length <= MOST_ROWS;
-    setText(more, `The first ${MOST_ROWS} of ${count(swarm.peers.length)}; the JSON has all.`);
+    more.hidden = everybody(swarm) <= MOST_ROWS;
+    setText(more, `The first ${MOST_ROWS} of ${count(everybody(swarm))}; the JSON has all.`);
   };
 }

@@ -1,10 +1,12 @@
 """Server-sent events by a real server on loopback: at once, then at every reading, and never more than can be sent."""
 
 import asyncio
+import gzip
 import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -12,11 +14,12 @@ import pytest
 
 import coordinator.events
 import coordinator.http
-from coordinator.events import Feed
+from averaging.records import PeerRecord
+from coordinator.events import MOST_ROWS, Feed
 from coordinator.history import History
 from coordinator.http import coordinator_app, serve_http
 from coordinator.metrics import coordinator_registry
-from coordinator.swarm import SwarmState
+from coordinator.swarm import Peer, SwarmState
 from coordinator.view import About, swarm_json
 
 Serve = Callable[[Callable[[str, Feed], Awaitable[None]]], None]
@@ -40,9 +43,10 @@ def serve(about: About, state: SwarmState, now: float) -> Serve:
 
 
 @asynccontextmanager
-async def following(url: str) -> AsyncIterator[AsyncIterator[tuple[int, Any]]]:
+async def following(url: str, coding: str = "identity") -> AsyncIterator[AsyncIterator[tuple[int, Any]]]:
     """The events at `url` as (id, data)."""
-    async with httpx.AsyncClient() as client, client.stream("GET", f"{url}/api/events") as answer:
+    async with httpx.AsyncClient() as client, client.stream(
+            "GET", f"{url}/api/events", headers={"accept-encoding": coding}) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         lines = answer.aiter_lines()
 
@@ -63,10 +67,70 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
-def test_the_first_event_comes_at_once_and_equals_the_json(serve: Serve) -> None:
+def as_json(event: dict[str, Any]) -> dict[str, Any]:
+    """A whole event as /api/swarm tells the same."""
+    def told(row: dict[str, Any]) -> dict[str, Any]:
+        heard = row.pop("heard_seconds")
+        return {**row, "last_seen_seconds": event["time_seconds"] - heard}
+
+    return {**event, "peers": [told(dict(row)) for row in sorted(event["peers"], key=lambda row: row["peer_id"])]}
+
+
+@pytest.mark.parametrize("coding", ["gzip", "identity"])
+def test_the_first_event_comes_at_once_and_equals_the_json(serve: Serve, coding: str) -> None:
     async def check(url: str, feed: Feed) -> None:
-        async with following(url) as events, httpx.AsyncClient() as client:
-            assert await anext(events) == (1, (await client.get(f"{url}/api/swarm")).json())
+        async with following(url, coding) as events, httpx.AsyncClient() as client:
+            number, event = await anext(events)
+            assert (number, as_json(event)) == (1, (await client.get(f"{url}/api/swarm")).json())
+
+    serve(check)
+
+
+def test_who_follows_gets_what_changed_and_who_comes_gets_all(
+        serve: Serve, about: About, state: SwarmState, now: float, record: Callable[..., PeerRecord]) -> None:
+    ada, eve = state.peers.values()
+    newcomer, faster = Peer(record("12D3new"), now + 1), Peer(replace(ada.record, epoch=8), now + 1)
+    later = replace(state, time=now + 1, peers={"12D3ada": faster, "12D3new": newcomer})
+
+    async def check(url: str, feed: Feed) -> None:
+        async with following(url, "gzip") as events:
+            await anext(events)
+            feed.publish(swarm_json(replace(state, time=now + 1), about, now + 1))
+            _, quiet = await anext(events)
+            assert (quiet["changed"], quiet["gone"], quiet["time_seconds"]) == ([], [], now + 1)
+            feed.publish(swarm_json(later, about, now + 1))
+            _, event = await anext(events)
+            assert {row["peer_id"]: row["epoch"] for row in event["changed"]} == {"12D3ada": 8, "12D3new": 0}
+            assert event["gone"] == [eve.record.peer_id]
+        async with following(url) as events:
+            assert as_json((await anext(events))[1])["peers"] == swarm_json(later, about, now + 1)["peers"]
+
+    serve(check)
+
+
+def test_of_very_many_peers_events_have_the_first_rows_and_count_all(
+        serve: Serve, about: About, now: float, record: Callable[..., PeerRecord]) -> None:
+    many = SwarmState(time=now, peers={f"{i:04d}": Peer(record(f"{i:04d}"), now) for i in reversed(range(1000))})
+
+    async def check(url: str, feed: Feed) -> None:
+        feed.publish(swarm_json(many, about, now))
+        async with following(url) as events:
+            _, event = await anext(events)
+        assert [row["name"] for row in event["peers"]] == [f"{i:04d}" for i in range(MOST_ROWS)]
+        assert event["peer_states"] == {"training": 1000}
+
+    serve(check)
+
+
+def test_a_compressed_stream_is_one_file_from_its_start_to_its_end(serve: Serve) -> None:
+    async def check(url: str, feed: Feed) -> None:
+        async with httpx.AsyncClient() as client, client.stream(
+                "GET", f"{url}/api/events", headers={"accept-encoding": "gzip"}) as answer:
+            feed.publish({"epoch": 8})
+            feed.close()
+            sent = b"".join([chunk async for chunk in answer.aiter_raw()])
+        assert answer.headers["content-encoding"] == "gzip"
+        assert b'"epoch": 8' in gzip.decompress(sent)  # which checks its length and checksum
 
     serve(check)
 
@@ -77,7 +141,8 @@ def test_every_viewer_gets_each_new_reading_with_its_number(serve: Serve) -> Non
             assert [(await anext(events))[0] for events in (ours, theirs)] == [1, 1]
             for number in (2, 3):
                 feed.publish({"epoch": number})
-                assert [await anext(events) for events in (ours, theirs)] == [(number, {"epoch": number})] * 2
+                assert [await anext(events) for events in (ours, theirs)] == [
+                    (number, {"epoch": number, "changed": [], "gone": ["12D3eve", "12D3ada"] * (number == 2)})] * 2
 
     serve(check)
 
@@ -147,11 +212,13 @@ def test_a_slow_viewer_misses_readings_rather_than_having_them_queued() -> None:
     async def check() -> None:
         feed = Feed({"reading": 1})
         events = feed.follow()
-        assert (await anext(events)).startswith(b"retry: ")
-        assert b'{"reading": 1}' in await anext(events)
+        assert (await anext(events)).plain.startswith(b"retry: ")
+        assert b'{"reading": 1, "peers": []}' in (await anext(events)).plain
         for reading in (2, 3, 4):
             feed.publish({"reading": reading})
-        assert await anext(events) == b'id: 4\ndata: {"reading": 4}\n\n'
+        assert (await anext(events)).plain == b'id: 4\ndata: {"reading": 4, "peers": []}\n\n'  # all rows, not changes
+        feed.publish({"reading": 5})
+        assert (await anext(events)).plain == b'id: 5\ndata: {"reading": 5, "changed": [], "gone": []}\n\n'
 
     asyncio.run(check())
 
