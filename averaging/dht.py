@@ -71,9 +71,10 @@ class DHT(hivemind.DHT):  # type: ignore[misc]  # hivemind is untyped
             partial(_tell, key=key, subkey=subkey, value=value, expires=expires), return_future=True)
         return told
 
-    def look(self, key: str, timeout: float) -> Found:
-        """The entries of the dictionary `key`. Raises TimeoutError after `timeout` seconds."""
-        return dict(self.run_coroutine(partial(_look, key=key), return_future=True).result(timeout=timeout))
+    def look(self, key: str) -> "Future[Found]":
+        """The entries of the dictionary `key`, in the future."""
+        found: Future[Found] = self.run_coroutine(partial(_look, key=key), return_future=True)
+        return found
 
     @property
     def is_serving(self) -> bool:

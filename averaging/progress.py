@@ -103,7 +103,7 @@ def publish_record(dht: DHT, run_id: str, key: RSAPrivateKey, record: PeerRecord
 
 def read_records(dht: DHT, run_id: str, *, timeout: float = 5.0) -> list[PeerRecord]:
     """Every live record of the experiment. Malformed ones are left out; raises TimeoutError after `timeout` seconds."""
-    found = dht.look(f"{run_id}_peers", timeout)
+    found = dht.look(f"{run_id}_peers").result(timeout)
     records = (_parse(owner, value) for owner, (value, _) in found.items())
     return [record for record in records if record is not None]
 

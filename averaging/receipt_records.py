@@ -8,15 +8,15 @@ from collections import deque
 from contextlib import suppress
 from threading import Condition, Thread
 from time import monotonic
-from typing import Any
 
-from hivemind.dht import DHT, DHTID
+from hivemind.dht import DHTID
 from hivemind.dht.crypto import RSASignatureValidator
-from hivemind.dht.routing import DHTKey
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.utils import MSGPackSerializer, get_dht_time
 from hivemind.utils.crypto import RSAPrivateKey
 
+from averaging.dht import DHT
+from averaging.holders import Found
 from averaging.identity import peer_id_of
 from averaging.receipts import LIFE_SECONDS, SHARDS, Receipt, dump, parse, shard_of
 
@@ -28,7 +28,7 @@ KEPT = 64               # receipts of a peer, at most
 log = logging.getLogger(__name__)
 
 
-def key_of(run_id: str, shard: int) -> DHTKey:
+def key_of(run_id: str, shard: int) -> str:
     """Where the receipts of a part of the peers are."""
     return f"{run_id}_receipts_{shard}"
 
@@ -110,8 +110,7 @@ class ReceiptBook:
             written = self._receipts[-1][0]
             told = [receipt for time, receipt in self._receipts if time > written - LIFE_SECONDS / 2]
         if data := dump(told):
-            stored = self._dht.store(self._key, subkey=self._subkey, value=data, return_future=True,
-                                     expiration_time=written + LIFE_SECONDS)
+            stored = self._dht.tell(self._key, self._subkey, data, written + LIFE_SECONDS)
             if wait:
                 with suppress(TimeoutError):
                     stored.result(timeout=LAST_SECONDS)
@@ -122,21 +121,19 @@ class ReceiptBook:
 def read_receipts(dht: DHT, run_id: str, *, timeout: float = 5.0) -> dict[str, tuple[Receipt, ...]]:
     """Every live peer's receipts, by peer id. Malformed ones are left out; raises TimeoutError after `timeout` s."""
     until = monotonic() + timeout
-    asked = [dht.get(key_of(run_id, shard), latest=True, return_future=True) for shard in range(SHARDS)]
+    asked = [dht.look(key_of(run_id, shard)) for shard in range(SHARDS)]
     receipts: dict[str, tuple[Receipt, ...]] = {}
     for answer in asked:
-        found = answer.result(timeout=max(0.0, until - monotonic()))
-        if found is not None and isinstance(found.value, dict):
-            receipts |= _parsed(found.value)
+        receipts |= _parsed(answer.result(timeout=max(0.0, until - monotonic())))
     return receipts
 
 
-def _parsed(values: dict[Any, Any]) -> dict[str, tuple[Receipt, ...]]:
+def _parsed(found: Found) -> dict[str, tuple[Receipt, ...]]:
     """Again what every node should have checked: one that doesn't may have handed it to us."""
     receipts: dict[str, tuple[Receipt, ...]] = {}
-    for subkey, found in values.items():
+    for subkey, (value, _) in found.items():
         try:
-            receipts[owner_of(subkey)] = parse(found.value)
+            receipts[owner_of(subkey)] = parse(MSGPackSerializer.loads(value))
         except ValueError:
             continue
     return receipts

@@ -10,8 +10,9 @@ from typing import Any
 
 import httpx
 
-PAGE = ("/", "/static/page.css", "/static/page.js", "/static/figures.js", "/static/peers.js", "/static/charts.js",
-        "/static/live.js", "/static/plotly.min.js", "/api/history")
+from coordinator.page.assets import static_files
+
+PAGE = ("/", *(f"/static/{name}" for name in static_files()), "/api/history")
 SCRAPE_SECONDS, HISTORY_SECONDS = 15.0, 10.0  # of Prometheus by default, and of the page
 
 

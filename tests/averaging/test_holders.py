@@ -38,7 +38,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[DHT]]:
 
 
 def read(dht: DHT, key: str = KEY) -> dict[Any, Any]:
-    return {subkey: MSGPackSerializer.loads(value) for subkey, (value, _) in dht.look(key, 10).items()}
+    return {subkey: MSGPackSerializer.loads(value) for subkey, (value, _) in dht.look(key).result(10).items()}
 
 
 def tell(dht: DHT, subkey: Any, value: Any, key: str = KEY) -> bool:
