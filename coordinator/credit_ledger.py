@@ -14,6 +14,7 @@ from averaging.receipts import OLDEST_SECONDS
 from coordinator.credits import Credit
 from coordinator.database import Database
 
+MOST_ROWS = 300_000  # whatever the swarm's size and pace; of a thousand volunteers' last receipts there are 64,000
 KEEP_SECONDS = OLDEST_SECONDS + 3 * 3600.0  # clocks and nodes that are late included
 SCHEMA = """
 create table credits (epoch integer not null, peer_id text not null, group_id blob not null, claimed integer not null,
@@ -62,7 +63,7 @@ class CreditLedger:
         with self._db.writing() as db:
             for credit in credits:
                 _take(db, credit, now)
-            db.execute("delete from credits where heard < ?", (now - KEEP_SECONDS,))
+            _forget(db, now - KEEP_SECONDS)
 
     def recent(self) -> list[Credit]:
         """Those whose rows are still there, by epoch and peer."""
@@ -79,6 +80,11 @@ class CreditLedger:
             {row["peer_id"]: Contribution(name=names[row["peer_id"]], **dict(row)) for row in rows
              if row["peer_id"] in names and row["peer_id"] not in without},
             sum(row["samples"] for row in rows), sum(row["flagged"] for row in rows))
+
+
+def _forget(db: sqlite3.Connection, before: float) -> None:
+    db.execute("delete from credits where heard < max(?, coalesce((select heard from credits order by heard desc "
+               "limit 1 offset ?), 0))", (before, MOST_ROWS))
 
 
 def _take(db: sqlite3.Connection, credit: Credit, now: float) -> None:

@@ -27,6 +27,7 @@ NAME = "coordinator"  # in its token
 RETURN_SECONDS = 15.0  # within which one of the peers that were there has to answer
 START_SECONDS = 15.0  # that libp2p's daemon may take to answer
 READ_SECONDS = 2.0  # that one reading of the records may take
+RECEIPTS_SECONDS = 3.0  # likewise of the receipts, which are in several places
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,9 @@ def running_node(run_id: str, authority: Authority, folder: Path, *, host: str, 
     Thread(target=keep_bans, args=(dht, run_id, authority.ban_file, over), name="bans", daemon=True).start()
     try:
         yield Node(str(dht.peer_id), [str(address) for address in dht.get_visible_maddrs()],
-                   partial(read_records, dht, run_id, timeout=READ_SECONDS), partial(read_receipts, dht, run_id),
-                   _watch(), partial(publish_bans, dht, run_id, authority.ban_file),
+                   partial(read_records, dht, run_id, timeout=READ_SECONDS),
+                   partial(read_receipts, dht, run_id, timeout=RECEIPTS_SECONDS), _watch(),
+                   partial(publish_bans, dht, run_id, authority.ban_file),
                    partial(publish_record, dht, run_id, key), partial(remember_peers, known_peers), token,
                    dht.daemon_address(START_SECONDS))
     finally:

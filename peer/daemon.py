@@ -5,8 +5,9 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -15,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from platformdirs import user_state_path
 
 from averaging.backoff import Backoff
-from averaging.identity import open_key
+from averaging.identity import open_key, peer_id_of, public_bytes
 from coordinator.http import serve_http
 from coordinator.link import Link
 from coordinator.ports import free_port
@@ -23,6 +24,7 @@ from coordinator.state_dir import open_state_dir
 from coordinator.tls import Unreachable
 from peer.config import PeerConfig
 from peer.control import serve_control, socket_path
+from peer.credited import keep_credited
 from peer.enrol import Enrolment, enrol_anywhere, recall
 from peer.http import peer_app
 from peer.job import Job, keep_membership, write_job
@@ -31,6 +33,7 @@ from peer.metrics import PeerMetrics
 from peer.recorder import Recorder
 from peer.supervisor import Ending, Observer, Supervisor
 from proto.peer_pb2 import PeerStatus
+from proto.swarm_pb2 import Contribution
 from training.config import validate
 from training.data.checks import check_data
 from training.errors import BadInput
@@ -54,7 +57,9 @@ async def volunteer(link: Link, options: Mapping[str, Any], observer: Observer) 
         job = prepare(enrolment, config)
         renewing = asyncio.create_task(stay(link, key, job, enrolment))
         try:
-            return await run_job(job, [observer, Recorder(config.state_dir)], [sys.executable, "-m", "peer.worker"])
+            return await run_job(job, [observer, Recorder(config.state_dir)], [sys.executable, "-m", "peer.worker"],
+                                 credited=partial(keep_credited, list(dict.fromkeys([link, *enrolment.coordinators])),
+                                                  job, peer_id_of(public_bytes(key))))
         finally:
             renewing.cancel()
 
@@ -147,14 +152,20 @@ def _config(options: Mapping[str, Any], state_dir: Path) -> PeerConfig:
 
 
 async def run_job(job: Job, observers: Sequence[Observer], command: Sequence[str], *,
+                  credited: Callable[[Callable[[Contribution], None]], Coroutine[Any, Any, None]] | None = None,
                   backoff: Backoff = BACKOFF, leave_seconds: float = LEAVE_SECONDS) -> Ending:
-    """Supervise a worker, `command STATE_DIR ...`, on `job`; serve its metrics and control meanwhile."""
+    """Supervise a worker, `command STATE_DIR ...`, on `job`; serve its metrics and control meanwhile.
+
+    `credited(tell)` tells what this peer is credited with, for ever.
+    """
     config, metrics = job.config, PeerMetrics()
     status = PeerStatus(name=config.name, run_id=job.run_id, state="starting", daemon_pid=os.getpid(),
                         state_dir=str(config.state_dir))
     supervisor = Supervisor(job, [*command, str(config.state_dir)], [metrics, *observers], status,
                             backoff=backoff, leave_seconds=leave_seconds)
-    with leaving_on_signals(supervisor):
+    with leaving_on_signals(supervisor), ExitStack() as stack:
+        if credited:
+            stack.callback(asyncio.create_task(credited(status.contribution.CopyFrom)).cancel)
         async with (serve_http(peer_app(status, metrics.registry), HTTP_HOST, config.http_port) as http_port,
                     serve_control(supervisor, socket_path(config.state_dir))):
             status.metrics_url = f"http://{HTTP_HOST}:{http_port}/metrics"

@@ -65,6 +65,19 @@ def read_token(job: Job) -> bytes:
         return b""
 
 
+def keep_contribution(job: Job, signed: bytes) -> None:
+    """Put the coordinator's word on what this peer is credited with where it is found after a restart."""
+    _replace(job.config.state_dir / "contribution", signed)
+
+
+def read_contribution(job: Job) -> bytes:
+    """The last; empty if there is none."""
+    try:
+        return (job.config.state_dir / "contribution").read_bytes()
+    except OSError:
+        return b""
+
+
 def ban_file(job: Job) -> BanFile:
     """Whom the authority has banned."""
     return BanFile(job.config.bans_path, job.authority.encode(), job.run_id)

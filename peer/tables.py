@@ -8,13 +8,14 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from coordinator.calls import one_line
+from peer.credited import line
 from peer.progress import counts
 from proto.peer_pb2 import PeerStatus
 from proto.swarm_pb2 import PeerRow, RoundCounts, SwarmSnapshot
 
 
 def swarm_table(swarm: SwarmSnapshot) -> Group:
-    """A coordinator's swarm: one row per live peer, by name, and its sums."""
+    """A coordinator's swarm: one row per live peer, by name, its sums, and who is credited with what."""
     loss = f", loss {swarm.loss:.4f}" if swarm.HasField("loss") else ""
     numbers = ("epoch", "samples/s", "loss", "group", "rounds", "seen")
     table = Table(
@@ -25,7 +26,7 @@ def swarm_table(swarm: SwarmSnapshot) -> Group:
         caption="rounds: of averaging, averaged/failed/alone", box=SIMPLE, padding=(0, 1, 0, 0))
     for peer in sorted(swarm.peers, key=lambda row: (row.name, row.peer_id)):
         table.add_row(*(_text(cell) for cell in _cells(peer)))
-    return Group(table, *(_text(line) for line in _sums(swarm)))
+    return Group(table, *(_text(line) for line in _sums(swarm)), *([_leaderboard(swarm)] if swarm.leaderboard else []))
 
 
 def _sums(swarm: SwarmSnapshot) -> list[str]:
@@ -46,6 +47,20 @@ def _archived(swarm: SwarmSnapshot) -> str:
     if not kept.HasField("epoch"):
         return "none yet"
     return f"epoch {kept.epoch}, {max(0.0, swarm.time_seconds - kept.time_seconds):,.0f} s old"
+
+
+def _leaderboard(swarm: SwarmSnapshot) -> Table:
+    """One row per volunteer, the most samples first."""
+    numbers = ("samples", "of all", "epochs", "flagged")
+    table = Table(
+        Column("", justify="right"), "volunteer", *(Column(name, justify="right") for name in numbers),
+        title=_text(f"credited: {swarm.credited_samples:,} samples"), box=SIMPLE, padding=(0, 1, 0, 0),
+        caption="samples: in completed rounds; flagged: epochs in which more was claimed than the group saw")
+    for place, row in enumerate(swarm.leaderboard, 1):
+        share = row.samples / swarm.credited_samples if swarm.credited_samples else 0.0
+        cells = (str(place), row.name, f"{row.samples:,}", f"{share:.1%}", f"{row.epochs:,}", str(row.flagged or ""))
+        table.add_row(*map(_text, cells))
+    return table
 
 
 def _cells(peer: PeerRow) -> list[str]:
@@ -72,6 +87,7 @@ def _paragraph(peer: PeerStatus, now: float) -> list[str]:
             f"  epoch {step.epoch}, {step.samples_total:,} samples here, {step.samples_per_second:.1f} samples/s, "
             f"loss {step.loss:.4f}, {step.swarm_peers} peers, group of {peer.group_size}",
             f"  averaging rounds: {counts(peer.rounds)}; newest checkpoint: {age}",
+            *([f"  {line(peer.contribution, now)}"] if peer.HasField("contribution") else []),
             f"  {peer.state_dir}", f"  {peer.metrics_url}"]
 
 

@@ -95,6 +95,15 @@ def test_rows_outlive_all_receipts_and_then_go_while_the_sums_stay(ledger: Credi
     assert sums(ledger) == {"peer0": (30, 3, 0)}
 
 
+def test_rows_have_a_bound_whatever_the_swarms_pace(ledger: CreditLedger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coordinator.credit_ledger.MOST_ROWS", 20)
+    for epoch in range(100):
+        ledger.record([credit(epoch), credit(epoch, 1)], NOW + epoch)
+    assert len(ledger.recent()) <= 22
+    assert max(row.epoch for row in ledger.recent()) == 99
+    assert sums(ledger) == {"peer0": (1000, 100, 0), "peer1": (1000, 100, 0)}
+
+
 def test_weeks_of_a_thousand_volunteers_take_no_more_room_than_the_last_hours(tmp_path: Path) -> None:
     path, per_day = tmp_path / "credits.sqlite", 12
     with closing(CreditLedger(path)) as ledger:

@@ -18,7 +18,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 from grpc import StatusCode
 
-from averaging.identity import public_bytes, sign
+from averaging.identity import peer_id_of, public_bytes, sign
 from averaging.membership import enrolment_words
 from coordinator.admin import AdminService
 from coordinator.authority import Authority
@@ -29,7 +29,7 @@ from coordinator.service import CoordinatorService, bind_grpc, start_grpc
 from coordinator.tls import connect, self_signed
 from proto.authority_pb2 import BanRequest, NewInvite, WhichInvite
 from proto.authority_pb2_grpc import add_AdminServicer_to_server
-from proto.coordinator_pb2 import EnrolReply, EnrolRequest, WatchRequest
+from proto.coordinator_pb2 import CreditsRequest, EnrolReply, EnrolRequest, WatchRequest
 from proto.coordinator_pb2_grpc import CoordinatorStub
 from proto.replica_pb2 import ExchangeRequest, HandoverRequest
 from proto.replica_pb2_grpc import add_ReplicaServicer_to_server
@@ -40,8 +40,9 @@ AT_ONCE = 200
 GROWTH = 64 << 20  # bytes; a leak of 16 KiB a call would be more than twice that
 KEY, STRANGER = (generate_private_key(public_exponent=65537, key_size=2048) for _ in range(2))
 CERTIFICATE = self_signed()
-METHODS = ("Coordinator/Enrol", "Coordinator/Watch", "Admin/CreateInvite", "Admin/RevokeInvite", "Admin/Ban",
-           "Admin/ListMembers", "Replica/Handover", "Replica/Exchange", "Coordinator/Nothing", "../../etc/passwd")
+METHODS = ("Coordinator/Enrol", "Coordinator/Watch", "Coordinator/Credits", "Admin/CreateInvite", "Admin/RevokeInvite",
+           "Admin/Ban", "Admin/ListMembers", "Replica/Handover", "Replica/Exchange", "Coordinator/Nothing",
+           "../../etc/passwd")
 EXPECTED = {StatusCode.OK, StatusCode.INVALID_ARGUMENT, StatusCode.NOT_FOUND, StatusCode.FAILED_PRECONDITION,
             StatusCode.UNAUTHENTICATED, StatusCode.PERMISSION_DENIED, StatusCode.RESOURCE_EXHAUSTED,
             StatusCode.UNIMPLEMENTED}
@@ -53,7 +54,7 @@ async def coordinator(folder: Path) -> AsyncIterator[tuple[Link, Authority]]:
     """One that counts, but does not mind how often one address calls."""
     authority = Authority(folder, "tiny-1", is_open=False)
     service = CoordinatorService(authority, lambda: EnrolReply(run_id="tiny-1"), "1.2.0", SwarmSnapshot)
-    service._enrolments = Limit(1e9, 10**9)
+    service._enrolments = service._questions = Limit(1e9, 10**9)
     server, port = bind_grpc("127.0.0.1", 0, CERTIFICATE)
     add_AdminServicer_to_server(AdminService(authority, lambda code: code, lambda: None, "the token"), server)
     link = Link("127.0.0.1", port, "tiny-1", CERTIFICATE.fingerprint, authority.invite_to_show or "")
@@ -101,6 +102,7 @@ def drawn(draw: random.Random, link: Link) -> bytes:
             request.signature = sign(KEY, enrolment_words(request))
     message = some([request] * 4 + [
         WatchRequest(interval_seconds=some(number)), NewInvite(label=some(text), uses=some([0, 1, 2**32 - 1])),
+        CreditsRequest(peer_id=some([*text, peer_id_of(public_bytes(KEY))])),
         HandoverRequest(run_id=some(text), version=some(text)), ExchangeRequest(words=some(data), signature=some(data)),
         WhichInvite(code_or_label=some(text)), BanRequest(peer=some(text), reason=some(text))]).SerializeToString()
     match draw.randrange(8):

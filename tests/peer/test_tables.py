@@ -9,7 +9,7 @@ from coordinator.calls import one_line
 from peer.plain import plain
 from peer.tables import peers_list, swarm_table
 from proto.peer_pb2 import PeerStatus
-from proto.swarm_pb2 import Departures, PeerRow, Refusals, RoundCounts, SwarmSnapshot
+from proto.swarm_pb2 import Contribution, Departures, LeaderboardRow, PeerRow, Refusals, RoundCounts, SwarmSnapshot
 
 
 def shown(view: RenderableType) -> str:
@@ -52,9 +52,33 @@ def test_a_peers_newest_checkpoint_is_told_with_its_age() -> None:
     assert "newest checkpoint: of epoch 40, 120 s old" in shown(peers_list([peer], now=1000.0))
 
 
+def test_the_leaderboard_is_rows_by_samples_with_shares_and_flags() -> None:
+    swarm = SwarmSnapshot(credited_samples=4000, leaderboard=[
+        LeaderboardRow(name="zoe", samples=3000, epochs=12), LeaderboardRow(name="adam", samples=500, flagged=2)])
+    text = shown(swarm_table(swarm))
+    assert "credited: 4,000 samples" in text
+    rows = [line.split() for line in text.splitlines() if "zoe" in line or "adam" in line]
+    assert rows == [["1", "zoe", "3,000", "75.0%", "12"], ["2", "adam", "500", "12.5%", "0", "2"]]
+    assert "credited" not in shown(swarm_table(SwarmSnapshot()))
+
+
+def test_ones_own_contribution_is_told_with_the_age_of_the_coordinators_word() -> None:
+    told = Contribution(samples=1500, epochs=6, swarm_samples=6000, rank=2, volunteers=5, time=1000.0)
+    text = shown(peers_list([PeerStatus(name="ada", contribution=told)], now=1190.0))
+    assert ("credited: 1,500 samples in 6 epochs, 25.0% of all, rank 2 of 5 (the coordinator's word, 3 min ago)\n"
+            in text)
+    told.flagged, told.time = 3, -1e6
+    assert "12 d ago); flagged in 3 epochs: more claimed than the group saw" in shown(
+        peers_list([PeerStatus(name="ada", contribution=told)], now=1190.0))
+    assert "credited: 0 samples in 0 epochs (the coordinator's word, 5 s ago)\n" in shown(peers_list(
+        [PeerStatus(contribution=Contribution(time=1.0))], now=6.0))
+    assert "credited" not in shown(peers_list([PeerStatus(name="ada")], now=1190.0))
+
+
 def test_a_name_cannot_act_on_the_terminal() -> None:
     name = "\x1b[31mred\x07\u202e[bold]bold[/]"
     for text in (shown(swarm_table(SwarmSnapshot(peers=[PeerRow(name=name)]))),
+                 shown(swarm_table(SwarmSnapshot(leaderboard=[LeaderboardRow(name=name)]))),
                  shown(peers_list([PeerStatus(name=name)], now=0.0))):
         assert not set(text) & {"\x1b", "\x07", "\u202e"}
         assert "[bold]bold[/]" in text

@@ -1,6 +1,7 @@
 """A swarm as users run it: one coordinator, several volunteers, each a process of its own; and what befalls them."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
 
+import httpx
 import psutil
 import pytest
 from processes import is_running, until
@@ -116,6 +118,34 @@ def test_a_second_interrupt_leaves_at_once(swarm: Swarm) -> None:
     leaver.process.wait(10)
     until(lambda: not any(is_running(process.pid) for process in family), "nothing of it remains", GONE_SECONDS)
     goes_on(other)
+
+
+def test_who_contributes_is_credited_and_told_and_a_restart_of_the_coordinator_takes_nothing_away(
+        swarm: Swarm) -> None:
+    volunteers = swarm.volunteers(2)
+    names, folders = [volunteer.log.stem for volunteer in volunteers], [
+        volunteer.log.with_suffix("") for volunteer in volunteers]
+
+    def credited() -> dict[str, int]:
+        (ready,) = swarm.coordinator().all("ready")
+        shown = httpx.get(f"{ready['dashboard_url']}api/swarm").json()
+        rows = {row["name"]: row["samples"] for row in shown["leaderboard"] if not row["flagged"]}
+        assert shown["credited_samples"] >= sum(rows.values())
+        return rows
+
+    until(lambda: {*names} <= credited().keys(), "both are credited", 60)
+    until(lambda: all((folder / "contribution").exists() for folder in folders), "both are told", 60)
+    shown = subprocess.run([sys.executable, "-m", "peer.cli", "status"], capture_output=True, text=True, timeout=60,
+                           check=True).stdout
+    assert all(re.search(rf"^{name}: .*\n(?:  .*\n)+?  credited: ", shown, re.MULTILINE) for name in names), shown
+    before = credited()
+    assert not any(samples % 32 for samples in before.values())
+    swarm.coordinator().process.kill()
+    swarm.coordinator().process.wait()
+    averages_in_a_group_of(2, volunteers)
+    after = credited()  # by another one, on the same state directory
+    assert all(after[name] >= before[name] for name in before)
+    until(lambda: all(credited()[name] > before[name] for name in names), "what they did meanwhile is credited", 60)
 
 
 def test_training_goes_on_after_the_coordinators_death(swarm: Swarm) -> None:
