@@ -10,9 +10,11 @@ import averaging.fork  # noqa: F401
 
 # isort: split
 import argparse
+import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -205,13 +207,20 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--epoch", type=float, default=15.0, metavar="SECONDS")
     parser.add_argument("--seconds", type=float, default=45.0, help="that each size is measured, after two epochs")
+    parser.add_argument("--json", action="store_true", help="a row at once, for programs; of one size")
     arguments = parser.parse_args()
+    if arguments.json:
+        print(json.dumps(measure(arguments.nodes[0], arguments.epoch, arguments.seconds)), flush=True)
+        return
     rows, console = [], wide_console()
-    for count in arguments.nodes:
-        rows.append(measure(count, arguments.epoch, arguments.seconds))
-        print(dict(zip(COLUMNS, rows[-1], strict=True)), flush=True)
+    for count in arguments.nodes:  # each in a process of its own: it forks, and must not have threads by then
+        told = subprocess.run(
+            [sys.executable, "-m", "benchmarks.dht_traffic", "--json", "--nodes", str(count), "--epoch",
+             str(arguments.epoch), "--seconds", str(arguments.seconds)], check=True, stdout=subprocess.PIPE, text=True)
+        rows.append([*json.loads(told.stdout), f"{os.getloadavg()[0]:.0f}"])
+        print(dict(zip((*COLUMNS, "load average"), rows[-1], strict=True)), flush=True)
     print_table(console, f"The DHT's traffic per peer, {date.today()}, {os.cpu_count()} cores, epochs of "
-                f"{arguments.epoch:g} s", COLUMNS, rows)
+                f"{arguments.epoch:g} s", (*COLUMNS, "load average"), rows)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Simulated volunteers for `benchmarks.coordinator_load`: `python -m benchmarks.load_volunteers LINK COUNT SECONDS`
 
 Each has a key of its own and a record that changes, is signed with that key, and is told as a volunteer's is: at each
-epoch, and as often as in a swarm of that size. What a thousand would need a thousand machines for, they share: two DHT
-nodes, with libp2p's daemons, through which all is told. Prints a JSON line when all are told, then one at each epoch.
+epoch, and as often as in a swarm of that size. What a thousand would need a thousand machines for, they share: a DHT
+node, with libp2p's daemon, through which all is told. Prints a JSON line when all are told, then one at each epoch.
 """
 
 import averaging.fork  # noqa: F401
@@ -46,7 +46,7 @@ from averaging.version import VERSION
 from coordinator.link import parse_link
 from peer.enrol import Enrolment, enrol
 
-NODES = 2
+NODES = 1
 AT_ONCE = 8  # tellings under way
 E, BITS = 65537, 2048
 DEVICES = ("NVIDIA H200", "NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 3060", "cpu")
