@@ -41,7 +41,9 @@ def wanted(records: Sequence[PeerRecord], me: str, held: int | None, every: int,
     if epoch is None or epoch // every <= newest // every:
         return None
     credible = [record for record in records if record.epoch <= epoch + config.max_allowed_epoch_difference + 1]
-    asked = donors(credible, me, newest + 1)
+    clients = [record.peer_id for record in credible  # who keep a connection to this node, as to all who are there
+               if record.state == "training" and record.client_mode and record.epoch > newest]
+    asked = (*donors(credible, me, newest + 1), *clients)
     return Wanted(newest + 1, asked) if asked else None
 
 

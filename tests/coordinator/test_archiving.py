@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch
 import swarm_peers
 import torch
+from fake_hub import TOKEN, FakeHub, fake_hub
 from swarm_peers import Peer
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from averaging.experiment import canonical, load_experiment, run_id
 from averaging.progress import record_validators
 from averaging.records import ARCHIVING, PeerRecord
 from averaging.sketch import sketch
+from coordinator import pulls
 from coordinator.archive import Archive, ArchiveOptions
 from coordinator.archiving import Archiver, archiving
 from coordinator.authority import Authority
@@ -39,7 +41,6 @@ EXPERIMENT = load_experiment(str(Path(__file__).parents[1] / "swarm" / "tiny.tom
 RUN = run_id(EXPERIMENT)
 EPOCH = 10
 State = dict[str, Tensor]
-Record = Callable[..., PeerRecord]
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -55,11 +56,14 @@ def sketch_of(state: State) -> bytes:
     return sketch(state[f"parameters.{index}"] for index in range(count))
 
 
+Act = tuple[int, bytes, Callable[[Archive], object]]  # all donors' epoch and sketch, and what to wait for
+
+
 class Scene:
     """A coordinator's node with its archiver, and donors; records are what `seen` says."""
 
-    def __init__(self, folder: Path, options: ArchiveOptions, record: Record) -> None:
-        self.folder, self.published, self._record = folder, list[PeerRecord](), record
+    def __init__(self, folder: Path, options: ArchiveOptions) -> None:
+        self.folder, self.published = folder, list[PeerRecord]()
         self.authority = Authority(folder, RUN, is_open=True)
         self.key = open_identity(folder / "identity.key")
         member = self.member(self.key)
@@ -71,6 +75,7 @@ class Scene:
         self.archiver = Archiver(options, EXPERIMENT, self.authority.public_key, node, folder,
                                  retry=Backoff(first_seconds=0.5, ceiling_seconds=0.5))
         self.donors: list[Peer] = []
+        self.hub = FakeHub()
 
     def token(self, key: object) -> bytes:
         return self.authority.issue(key.get_public_key().to_bytes(), "somebody", time.time() + 600)
@@ -79,27 +84,28 @@ class Scene:
         return MemberAuthoriser(key, authority=self.authority.public_key, run_id=RUN,
                                 read_token=partial(self.token, key))
 
-    def donor(self, state: State, epoch: int) -> Peer:
+    def donor(self, state: State, epoch: int, *, client_mode: bool = False) -> Peer:
         """A peer that hands out `state`."""
-        peer = Peer(self.folder / f"donor{len(self.donors)}.key", [self], authoriser=self.member)
+        peer = Peer(self.folder / f"donor{len(self.donors)}.key", [self], authoriser=self.member,
+                    client_mode=client_mode)
         self.donors.append(peer)
         peer.swarm.offer_state(lambda: state)
         peer.swarm.report(epoch, 0)
         return peer
 
-    def run(self, until: Callable[[Archive], object], seen: dict[str, tuple[int, bytes]], seconds: float = 90) -> None:
-        """Have the archiver look at those records, of peer id: epoch and sketch, until the archive is so."""
-        peers = {peer: Seen(self._record(peer, epoch=epoch, sketch=sketch), 0.0)
-                 for peer, (epoch, sketch) in seen.items()}
-
+    def play(self, *acts: Act) -> None:
+        """Have the archiver look at the records that each act comes with, until the archive is as it says."""
         async def look() -> None:
-            deadline = time.monotonic() + seconds
             async with archiving(self.archiver):
-                while not until(self.archiver.archive):
-                    assert time.monotonic() < deadline, self.archiver.archive
+                for epoch, sketch, until in acts:
+                    peers = {peer.id: Seen(replace(peer.bulletin.record, epoch=epoch, sketch=sketch), 0.0)
+                             for peer in self.donors}
+                    deadline = time.monotonic() + 90
+                    while not until(self.archiver.archive):
+                        assert time.monotonic() < deadline, self.archiver.archive
+                        self.archiver.look(SwarmState(time=time.time(), peers=peers))
+                        await asyncio.sleep(0.05)
                     self.archiver.look(SwarmState(time=time.time(), peers=peers))
-                    await asyncio.sleep(0.05)
-                self.archiver.look(SwarmState(time=time.time(), peers=peers))
 
         asyncio.run(look())
 
@@ -111,9 +117,13 @@ class Scene:
 
 
 @pytest.fixture
-def scene(tmp_path: Path, record: Record, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
+def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Scene]:
     monkeypatch.setattr(swarm_peers, "RUN", RUN)
-    with closing(Scene(tmp_path, ArchiveOptions(EPOCH), record)) as scene:
+    monkeypatch.setattr(pulls, "PATIENCE_SECONDS", 1.0)
+    with fake_hub() as hub, closing(Scene(tmp_path, ArchiveOptions(EPOCH, hub="me/model"))) as scene:
+        for name, value in {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}.items():
+            monkeypatch.setenv(name, value)
+        scene.hub = hub
         yield scene
 
 
@@ -136,10 +146,9 @@ def test_hostile_donors_are_passed_over_and_an_honest_one_is_archived(
            {name: value for name, value in good.items() if not name.startswith("statistics.")}]
     hostile = [scene.donor(state, EPOCH) for state in bad]
     ahead = scene.donor(good | {"epoch": torch.tensor(10**6)}, 10**6)
-    honest = scene.donor(good, EPOCH)
-    everyone = {peer.id: (EPOCH, sketch_of(good)) for peer in (*hostile, ahead, honest)}
+    scene.donor(good, EPOCH)
     with asked_first([*hostile, ahead], monkeypatch):
-        scene.run(lambda archive: archive.epoch is not None, everyone)
+        scene.play((EPOCH, sketch_of(good), lambda archive: archive.epoch is not None))
     checkpoint = read_checkpoint(newest_checkpoint(scene.folder / "checkpoints"))
     assert checkpoint.epoch == scene.archiver.archive.epoch == EPOCH
     shelf = Held(canonical(EXPERIMENT))
@@ -149,21 +158,48 @@ def test_hostile_donors_are_passed_over_and_an_honest_one_is_archived(
     assert all(torch.equal(kept[name], good[name]) for name in good)
 
 
-def test_where_no_donor_is_good_the_archive_says_so_and_keeps_what_it_has(scene: Scene) -> None:
-    first, second = state_at(EPOCH), state_at(2 * EPOCH)
-    donor = scene.donor(first, EPOCH)
-    scene.run(lambda archive: archive.epoch == EPOCH, {donor.id: (EPOCH, sketch_of(first))})
-    assert (scene.published[-1].state, scene.published[-1].epoch) == (ARCHIVING, EPOCH)
-    assert scene.published[0].epoch == EPOCH, "nobody is told of a state that is not there"
-    before = sorted(path.name for path in (scene.folder / "checkpoints").iterdir())
-    donor.swarm.report(2 * EPOCH, 0)
-    donor.swarm.offer_state(lambda: second | {"parameters.0": -second["parameters.0"]})
-    scene.run(lambda archive: archive.failures.get("download"), {donor.id: (2 * EPOCH, sketch_of(second))})
-    assert "it is not what most peers have" in scene.archiver.archive.last_error
-    assert sorted(path.name for path in (scene.folder / "checkpoints").iterdir()) == before
-    donor.swarm.offer_state(lambda: second)
-    scene.run(lambda archive: archive.epoch == 2 * EPOCH, {donor.id: (2 * EPOCH, sketch_of(second))})
-    assert scene.archiver.archive.last_error == ""
+def test_what_fails_is_counted_and_told_and_tried_again(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only donor lies for a while, and the hub is down at first. The donor accepts no connections, besides."""
+    states = {epoch: state_at(epoch) for epoch in (EPOCH, 2 * EPOCH)}
+    sketches = {epoch: sketch_of(state) for epoch, state in states.items()}
+    donor, errors, checkpoints = scene.donor(states[EPOCH], EPOCH, client_mode=True), list[str](), list[list[str]]()
+
+    def lies(archive: Archive) -> bool:
+        if not (archive.epoch == EPOCH and archive.failures.get("upload")):
+            return False
+        errors.append(archive.last_error)
+        checkpoints.append(names())
+        donor.swarm.offer_state(lambda: states[2 * EPOCH] | {"parameters.0": -states[2 * EPOCH]["parameters.0"]})
+        donor.swarm.report(2 * EPOCH, 0)
+        return True
+
+    def tells_the_truth(archive: Archive) -> bool:
+        if not archive.failures.get("download"):
+            return False
+        errors.append(archive.last_error)
+        checkpoints.append(names())
+        donor.swarm.offer_state(lambda: states[2 * EPOCH])
+        scene.hub.broken = False
+        return True
+
+    def names() -> list[str]:
+        return sorted(path.name for path in (scene.folder / "checkpoints").iterdir())
+
+    scene.hub.broken = True
+    scene.play((EPOCH, sketches[EPOCH], lies), (2 * EPOCH, sketches[2 * EPOCH], tells_the_truth),
+               (2 * EPOCH, sketches[2 * EPOCH], lambda archive: archive.uploaded_epoch == 2 * EPOCH))
+    ((message, files),) = scene.hub.commits
+    assert "was not uploaded to me/model" in errors[0]
+    assert "503" in errors[0]
+    assert "it is not what most peers have in epoch 20" in errors[1]
+    assert checkpoints[0] == checkpoints[1] == ["epoch-00000010.json", "epoch-00000010.safetensors"]
+    assert scene.archiver.archive.epoch == 2 * EPOCH
+    assert message == "epoch 20"
+    assert files["newest.safetensors"] == (scene.folder / "checkpoints" / "epoch-00000020.safetensors").read_bytes()
+    epochs = [record.epoch for record in scene.published]
+    assert epochs == sorted(epochs)
+    assert (epochs[0], epochs[-1]) == (EPOCH, 2 * EPOCH), "nobody is told of a state that is not there"
+    assert {record.state for record in scene.published} == {ARCHIVING}
 
 
 def test_evaluations_that_are_damaged_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -58,7 +58,14 @@ def test_who_claims_to_be_far_ahead_of_all_is_not_asked(record: Record) -> None:
 
 def test_nobody_to_ask_is_no_pull(record: Record) -> None:
     assert wanted([], "me", None, 10, CONFIG) is None
-    assert wanted([record("client", epoch=10, client_mode=True)], "me", None, 10, CONFIG) is None
+    assert wanted([record("helper", epoch=10, auxiliary=True)], "me", None, 10, CONFIG) is None
+
+
+def test_who_accepts_no_connections_is_asked_last(record: Record) -> None:
+    """Through one that it has opened itself."""
+    pull = wanted([record("client", epoch=10, client_mode=True), record("a", epoch=10)], "me", None, 10, CONFIG)
+    assert pull is not None
+    assert pull.donors == ("a", "client")
 
 
 @pytest.mark.parametrize(("epoch", "sketch", "waited", "believed"), [
