@@ -2,8 +2,10 @@
 
 import { count, loss, percent, rate, span } from "./figures.js";
 
-const notEvaluated = ({ archive }) => archive ? "No checkpoint has been evaluated yet."
-  : "This coordinator keeps no checkpoints, so there are none to evaluate.";
+const notEvaluated = ({ archive }) => archive
+  ? "No checkpoint has been evaluated yet. The coordinator does it if it is started with --data DIR, or with " +
+    "--evaluate where the experiment makes its own images."
+  : "This coordinator keeps no checkpoints that it could evaluate: it runs with --archive-every-epochs 0.";
 
 // `lines` and `bars`: [field of the history, its name, ink, format]. Bars are of counters: what they grew by.
 // `whole`: of lines whose values are integers, as bars' are.
@@ -21,12 +23,14 @@ export const CHARTS = [
   { id: "peers", title: "Peers", empty: "No peer has been here yet.", amounts: true, whole: true,
     series: "over_time", axis: "time", lines: [["peers", "Peers", "accent", count]] },
   { id: "group", title: "Group size against its target", empty: "No group has averaged yet.", amounts: true,
-    series: "over_time", axis: "time", whole: true, target: true, lines: [["group_size", "Largest group", "accent", count]] },
+    series: "over_time", axis: "time", whole: true, target: true,
+    lines: [["group_size", "Largest group", "accent", count]] },
   { id: "rounds", title: "Rounds by outcome", empty: "No round of averaging has ended yet.",
     series: "over_time", axis: "time", bars: [["averaged", "Averaged", "accent"], ["failed", "Failed", "second"],
       ["alone", "Alone", "third"]] },
   { id: "duration", title: "Duration of rounds, in seconds", empty: "No round with others has ended yet.",
-    series: "over_time", axis: "time", amounts: true, lines: [["round_seconds", "Median of the peers' last", "accent", span]] },
+    series: "over_time", axis: "time", amounts: true,
+    lines: [["round_seconds", "Median of the peers' last", "accent", span]] },
   { id: "refused", title: "Contributions refused", empty: "None so far: nothing bad was sent, and nobody missing.",
     series: "over_time", axis: "time", bars: [["refused_value", "Values", "second"],
       ["refused_absent", "Absent", "third"], ["refused_message", "Messages", "accent"]] },

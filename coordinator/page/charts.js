@@ -49,7 +49,8 @@ function figure(chart) {
   return { whole, words, drawing };
 }
 
-// Draws into `container`: returns draw(history, swarm), the swarm being a reading. `missing` is shown if the library does not load.
+// Draws into `container`: returns draw(history, swarm), where the swarm is a reading. `missing` is shown if the library
+// does not load.
 export function charts(container, missing) {
   const figures = CHARTS.map((chart) => ({ chart, ...figure(chart) }));
   container.append(...figures.map(({ whole }) => whole));

@@ -57,8 +57,8 @@ function toNextEpoch(swarm) {
 
 // [how old it is, which it is].
 function newestCheckpoint({ archive, time_seconds: now }) {
-  if (!archive) return ["–", "this coordinator keeps none"];
-  if (archive.epoch === null) return ["–", "none is kept yet"];
+  if (!archive) return ["–", "none is kept here"];
+  if (archive.epoch === null) return ["–", "there is none yet"];
   return [duration(Math.max(0, now - archive.time_seconds)), `epoch ${count(archive.epoch)}`];
 }
 

@@ -28,10 +28,16 @@ function show(swarm) {
   }
   newest = swarm;
   showTiles(at("tiles"), swarm);
+  showTrouble(swarm.archive?.last_error);
   showPeers(swarm);
   showLeaderboard(swarm);
   showRounds(parts("rounds", "refused", "churn", "rounds-empty", "since"), swarm);
   if (Date.now() - drawn > HISTORY_SECONDS * 1000) drawHistory();
+}
+
+function showTrouble(error) {
+  at("archive-error").hidden = !error;
+  setText(at("archive-error"), error ? `Checkpoints: ${error}` : "");
 }
 
 async function drawHistory() {

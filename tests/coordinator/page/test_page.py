@@ -164,7 +164,7 @@ def test_an_empty_swarm_says_what_is_missing(tab: Tab, site: Site, now: float) -
                     "known after the first round", "No epoch has ended yet", "Nobody has trained yet",
                     "No peer has been here yet", "No round of averaging has ended yet.", "No group has averaged yet",
                     "No round with others has ended yet", "None so far: nothing bad was sent",
-                    "this coordinator keeps none", "This coordinator keeps no checkpoints",
+                    "none is kept here", "it runs with --archive-every-epochs 0",
                     "Nobody is credited with samples yet"):
         assert missing in page
     assert not re.search(r"NaN|undefined|null|Invalid", page)
@@ -174,8 +174,14 @@ def test_an_empty_archive_says_what_is_missing(tab: Tab, site: Site) -> None:
     site.archive = Archive()
     tab.open(site.url)
     tab.wait("document.querySelector('#chart-evaluation figcaption')?.innerText", "the history")
-    assert tab.js(TILES)["Checkpoint's age"] == ["–", "none is kept yet"]
-    assert tab.text("#chart-evaluation figcaption") == "No checkpoint has been evaluated yet."
+    assert tab.js(TILES)["Checkpoint's age"] == ["–", "there is none yet"]
+    assert "started with --data DIR, or with --evaluate" in tab.text("#chart-evaluation figcaption")
+    assert tab.text("#archive-error") == ""
+    site.archive = Archive(last_error="disk: <b>no space</b>")
+    tab.wait("!document.getElementById('archive-error').hidden", "a word on the failure")
+    assert tab.text("#archive-error") == "Checkpoints: disk: <b>no space</b>"
+    site.archive = Archive()
+    tab.wait("document.getElementById('archive-error').hidden", "its end")
     tab.wait(DRAWN, "the charts")
     tops = tab.js("['evaluation', 'refused'].map((id) => document.getElementById(`chart-${id}`).offsetTop)")
     assert tops[0] >= tops[1]  # an empty one leaves no hole between the others
