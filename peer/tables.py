@@ -13,9 +13,12 @@ from peer.progress import counts
 from proto.peer_pb2 import PeerStatus
 from proto.swarm_pb2 import PeerRow, RoundCounts, SwarmSnapshot
 
+OLD_SECONDS = 90.0  # a coordinator's own 30, and a minute by which clocks may differ
 
-def swarm_table(swarm: SwarmSnapshot) -> Group:
-    """A coordinator's swarm: one row per live peer, by name, its sums, and who is credited with what."""
+
+def swarm_table(swarm: SwarmSnapshot, now: float) -> Group:
+    """A coordinator's swarm: a row per live peer, by name, its sums, who is credited with what, and at `now` (Unix
+    seconds) whether all that is old."""
     loss = f", loss {swarm.loss:.4f}" if swarm.HasField("loss") else ""
     numbers = ("epoch", "samples/s", "loss", "group", "rounds", "seen")
     table = Table(
@@ -26,7 +29,17 @@ def swarm_table(swarm: SwarmSnapshot) -> Group:
         caption="rounds: of averaging, averaged/failed/alone", box=SIMPLE, padding=(0, 1, 0, 0))
     for peer in sorted(swarm.peers, key=lambda row: (row.name, row.peer_id)):
         table.add_row(*(_text(cell) for cell in _cells(peer)))
-    return Group(table, *(_text(line) for line in _sums(swarm)), *([_leaderboard(swarm)] if swarm.leaderboard else []))
+    board = [_leaderboard(swarm)] if swarm.leaderboard else []
+    return Group(table, *(_text(line) for line in _sums(swarm)), *board,
+                 *(_text(line) for line in _blind(swarm.time_seconds, now)))
+
+
+def _blind(read: float, now: float) -> list[str]:
+    if not read:
+        return ["the coordinator has not read the swarm's records yet"]
+    if now - read <= OLD_SECONDS:
+        return []
+    return [f"the coordinator last read the swarm's records {now - read:,.0f} s ago: these figures are old"]
 
 
 def _sums(swarm: SwarmSnapshot) -> list[str]:

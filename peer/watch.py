@@ -71,7 +71,7 @@ async def _swarm(link: Link, watch: bool) -> AsyncIterator[View]:
                 if swarm.run_id != link.run_id:
                     raise BadInput(f"{link.address} runs {swarm.run_id!r}", expected=f"{link.run_id}, as in the "
                                    "link", mend=f"The link may be stale. {MEND}")
-                yield plain(swarm), swarm_table(swarm)
+                yield plain(swarm), swarm_table(swarm, time.time())
         except grpc.aio.AioRpcError as error:
             raise explain(link, error) from None
 

@@ -16,7 +16,8 @@ export function duration(seconds) {
 
 // Of what may take a moment only.
 export const span = (seconds) =>
-  seconds === null ? "–" : seconds < 9.95 ? `${seconds.toFixed(1)} s` : duration(seconds);
+  seconds === null ? "–" : seconds < 0.95 ? `${Math.round(1000 * seconds)} ms`
+    : seconds < 9.95 ? `${seconds.toFixed(1)} s` : duration(seconds);
 
 // An element made once; later calls change only its text, so that a reader keeps their place and selection.
 export function setText(element, text) {
