@@ -120,6 +120,7 @@ def test_a_second_interrupt_leaves_at_once(swarm: Swarm) -> None:
     goes_on(other)
 
 
+@pytest.mark.timeout(300)
 def test_who_contributes_is_credited_and_told_and_a_restart_of_the_coordinator_takes_nothing_away(
         swarm: Swarm) -> None:
     volunteers = swarm.volunteers(2)
