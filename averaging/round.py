@@ -6,7 +6,7 @@ message delays. What members know of the swarm may differ: a leader takes in who
 whoever has not joined, and gives way to a leader before it in the order that it hears of. Whoever has joined it goes
 there when it says so, or is silent: its proposal may be on its way, and who is called by one that comes back would be
 missed in it. While its leader has not answered, a member may enter the group of another whom it has joined: that
-leader may be lost.
+leader may be lost. And who has given a leader up that was but slow still enters its group, with all who would lose it.
 
 All or nothing. Votes (Complete) go to the leader; if all are yes it tells everybody to commit, and commits itself once
 one other has, which it hears by an echo. So no member commits unless every average was complete, and while the leader
@@ -20,8 +20,8 @@ After an abort the members try again, under another leader, without those at fau
 
 Bounds. From the last member's `start` on, an attempt takes a member at most longest_join + join + 2 average + 3 answer
 + resolve seconds, twice the average only where the leader lives and waits for a member that averages still; a leader
-that dies is replaced at once, one that is stopped after answer_seconds and a quarter. If this process itself is
-stopped, its deadlines move by as long and answer_seconds, MOST_NAPS times.
+that dies is replaced at once, one that is stopped after answer_seconds and a quarter. Time is that for which this
+process runs: `now` stands still while it is stopped, and it reads what has come meanwhile before it gives others up.
 
 What is not defended against: a member that lies in its vote, or about others' ends, can spoil rounds, and have a peer
 commit what others abort (the sketch in the progress records shows it), but it can't alter a mean, a weight or a group.
@@ -65,7 +65,6 @@ PROBES = 4         # signs of life that are asked for in answer_seconds
 FIRST_CALL = 1 / 50  # of answer_seconds: before it most have joined of themselves
 BLAMING = 1 / 10   # of answer_seconds, after a no, for others to say whose fault it is
 MOST_MOVES = 4     # from one leader to another, in an attempt
-MOST_NAPS = 3      # that lengthen a round's deadlines
 MOST_EARLY = 64    # messages kept for later
 MOST_GROUPS = 64   # remembered for those who ask
 
@@ -161,8 +160,6 @@ class Round:
         self._has_called = self._is_leaving = self._is_reading = False
         self._lost: set[str] = set()           # not to be met in this attempt
         self._own_vote: Complete | None = None
-        self._doubted: set[str] = set()        # whose silence may be this peer's own
-        self._naps = 0
         self._began = now                      # the attempt
         self._until = self._probe = inf        # the stage ends; whoever is waited for is asked for a sign of life
         self._actions: list[Action] = []
@@ -183,25 +180,21 @@ class Round:
 
     def received(self, sender: str, message: Message, now: float) -> list[Action]:
         """`sender` is whom the connection authenticated; the statements in Join and Propose are verified already."""
-        self._wake(now)
+        self._now = now
         if message.round == self.round and sender != self._me.peer_id and 0 <= message.attempt < self._attempts:
             self._hear(sender, message)
         return self._take_actions()
 
     def undelivered(self, receiver: str, message: Message, now: float) -> list[Action]:
         """The call failed, or was not acknowledged within answer_seconds."""
-        self._wake(now)
-        if receiver in self._doubted:
-            self._doubted.discard(receiver)
-            self._send(receiver, message)
-        else:
-            self._lose(receiver, message)
+        self._now = now
+        self._lose(receiver, message)
         return self._take_actions()
 
     def averaged(self, group_id: bytes, complete: bool, blamed: Sequence[str], now: float) -> list[Action]:
         """The all-reduce ended here. `blamed`: who sent bad data, fell silent or broke the connection; not who
         stopped in good order because of another's fault."""
-        self._wake(now)
+        self._now = now
         if self._group and self._group.group_id == group_id and self._is_running:
             self._is_running = False
             self._vote(complete, tuple(blamed))
@@ -209,7 +202,7 @@ class Round:
 
     def cancel(self, now: float) -> list[Action]:
         """The trainer gives the meeting up: leave at once, or, in doubt, when the group has ended."""
-        self._wake(now)
+        self._now = now
         self._is_leaving = True
         match self.stage:
             case Stage.WAITING | Stage.GATHERING:
@@ -228,7 +221,7 @@ class Round:
 
     def tick(self, now: float) -> list[Action]:
         """To be called at `deadline`, or any time."""
-        self._wake(now)
+        self._now = now
         if now >= self._probe:
             self._probe = now + self._timing.answer_seconds / PROBES
             self._ask_for_signs_of_life()
@@ -239,16 +232,6 @@ class Round:
         return self._take_actions()
 
     # -- time --
-
-    def _wake(self, now: float) -> None:
-        """If this comes late, the process was stopped: then the others' silence was this peer's own; ask again."""
-        self._now, late = now, 0.0 if self.deadline is None else now - self.deadline
-        if late > self._timing.answer_seconds / PROBES and self._naps < MOST_NAPS:
-            self._naps += 1
-            longer = late + self._timing.answer_seconds
-            self._began, self._until, self._probe = self._began + longer, self._until + longer, now
-            self._expected = {peer: until + longer for peer, until in self._expected.items()}
-            self._doubted = self._view | set(self._group.ids if self._group else ())
 
     def _ask_for_signs_of_life(self) -> None:
         """Whoever is dead or stopped will not acknowledge this."""
@@ -576,10 +559,10 @@ class Round:
         leader = next((member for member in message.members if member.peer_id == sender), None)
         name = name_group(self.round, self.attempt, message.serial, sender, message.members)
         faults = {
-            f"this peer is {self.stage.name.lower()}": not self._is_free and (
+            f"this peer is {self.stage.name.lower()}": not self._is_free(ids) and (
                 self.stage not in (Stage.FOLLOWING, Stage.AVERAGING, Stage.VOTED, Stage.FAILED)),
             "this peer follows another leader": message.attempt != self.attempt or (
-                sender != self._leader and not (sender in self._has_joined and self._is_free)),
+                sender != self._leader and not (sender in self._has_joined and self._is_free(ids))),
             "it comes too late, or too often": self._now > self._latest_group + self._timing.answer_seconds
             or message.serial > self._capacity,
             "the group's name is not its own": message.group_id != name,
@@ -594,11 +577,11 @@ class Round:
         }
         return next((reason for reason, is_so in faults.items() if is_so), "")
 
-    @property
-    def _is_free(self) -> bool:
-        """To enter another's group: its leader has not answered, or nobody has come to it."""
-        return (self.stage is Stage.FOLLOWING and not self._leader_lives) or (
-            self.stage is Stage.GATHERING and self._joined.keys() == {self._me.peer_id})
+    def _is_free(self, ids: Collection[str]) -> bool:
+        """To enter the group of another whom it has joined: its leader has not answered, or is to be in it too; or
+        all who have come to it are."""
+        return (self.stage is Stage.FOLLOWING and (not self._leader_lives or self._leader in ids)) or (
+            self.stage is Stage.GATHERING and self._joined.keys() <= set(ids))
 
     def _begin(self, group: Group) -> None:
         self.stage, self._group, self._leader, self._is_running = Stage.AVERAGING, group, group.leader, True

@@ -39,6 +39,7 @@ class Peer:
     is_here: bool = False
     crashed: bool = False
     paused_until: float = 0.0
+    paused: float = 0.0                 # seconds, so far
     inbox: list[Callable[[], None]] = field(default_factory=list)  # what happens when it goes on
     early: list[tuple[str, Message]] = field(default_factory=list)
     running: bytes = b""                # the group whose all-reduce runs here
@@ -51,8 +52,8 @@ class Peer:
 class FakeNetwork:
     """Runs a round among `members`. `fate(number, sender, receiver, message)` says what becomes of each message.
 
-    `at_step(number, peer)`: called after each step of a peer, and may crash or pause it. `harsh`: a call fails whenever
-    an end of it is paused for a while; otherwise only where its answer is not read within answer_seconds.
+    `at_step(number, peer)`: called after each step of a peer, and may crash or pause it. A peer's clock stands still
+    while it is paused.
     """
 
     def __init__(self, members: Sequence[Member], *, views: dict[str, Sequence[str]] | None = None, epoch: int = 0,
@@ -60,10 +61,9 @@ class FakeNetwork:
                  fate: Callable[[int, str, str, Message], Fate] = lambda *_: Fate(), bad: Iterable[str] = (),
                  at_step: Callable[["FakeNetwork", int, str], None] = lambda *_: None,
                  reducing: Callable[[str], float] = lambda _: REDUCING, clients: Sequence[str] = (),
-                 on_waking: Callable[[list[Callable[[], None]]], Iterable[Callable[[], None]]] = iter,
-                 harsh: bool = True) -> None:
+                 on_waking: Callable[[list[Callable[[], None]]], Iterable[Callable[[], None]]] = iter) -> None:
         self.now, self.round, self.bad = 0.0, RoundId("gradients", epoch), set(bad)
-        self.timing, self._harsh = timing, harsh
+        self.timing = timing
         self._order, self._queue = count(), list[tuple[float, int, Callable[[], None]]]()
         self._fate, self._at_step, self._reducing, self._on_waking = fate, at_step, reducing, on_waking
         self.messages: list[tuple[float, str, str, Message]] = []
@@ -85,15 +85,17 @@ class FakeNetwork:
             self._break(peer_id, peer.running, DELAY)
 
     def pause(self, peer_id: str, seconds: float) -> None:
-        peer = self.peers[peer_id]
+        peer, before = self.peers[peer_id], self._stuck(peer_id)
         peer.paused_until = max(peer.paused_until, self.now + seconds)
-        if seconds >= CHUNK_TIMEOUT:
-            self._break(peer_id, peer.running, CHUNK_TIMEOUT)
+        peer.paused += self._stuck(peer_id) - before
+        for other, theirs in self.peers.items():
+            if other != peer_id and peer.running and theirs.running == peer.running:
+                self._await(other, peer.running, lambda: [peer_id] if self._stuck(peer_id) else [])
         self._later(seconds, lambda: self._go_on(peer_id))
 
     def cancel(self, peer_id: str) -> None:
         self._later(0.0, lambda: self._at(peer_id, lambda: self._act(
-            peer_id, self.peers[peer_id].machine.cancel(self.now))))
+            peer_id, self.peers[peer_id].machine.cancel(self._clock(peer_id)))))
 
     def _go_on(self, peer_id: str) -> None:
         peer = self.peers[peer_id]
@@ -124,6 +126,14 @@ class FakeNetwork:
                 ends.setdefault(average.group_id, {})[peer_id] = "committed" if committed else "aborted"
         return ends
 
+    def _stuck(self, peer_id: str) -> float:
+        """Seconds until it goes on."""
+        return max(0.0, self.peers[peer_id].paused_until - self.now)
+
+    def _clock(self, peer_id: str) -> float:
+        """Its own, as it runs."""
+        return self.now - self.peers[peer_id].paused + self._stuck(peer_id)
+
     def _later(self, seconds: float, event: Callable[[], None]) -> None:
         heapq.heappush(self._queue, (self.now + seconds, next(self._order), event))
 
@@ -140,8 +150,8 @@ class FakeNetwork:
             peer = self.peers[peer_id]
             peer.is_here, early = True, peer.early
             for sender, message in early:
-                self._act(peer_id, peer.machine.received(sender, message, self.now))
-            self._act(peer_id, peer.machine.start(self.now))
+                self._act(peer_id, peer.machine.received(sender, message, self._clock(peer_id)))
+            self._act(peer_id, peer.machine.start(self._clock(peer_id)))
         self._at(peer_id, arrive)
 
     def _act(self, peer_id: str, actions: Sequence[Action]) -> None:
@@ -162,86 +172,61 @@ class FakeNetwork:
         self._at_step(self, self.steps, peer_id)
         for number, (_, _, receiver, message) in list(enumerate(self.messages))[before:]:
             self._carry(number, peer_id, receiver, message)
-        deadline = peer.machine.deadline
-        if deadline is not None:
-            self._later(max(0.0, deadline - self.now), lambda: self._at(peer_id, lambda: self._tick(peer_id)))
+        self._set_timer(peer_id)
+
+    def _set_timer(self, peer_id: str) -> None:
+        if (deadline := self.peers[peer_id].machine.deadline) is not None:
+            self._later(self._stuck(peer_id) + max(0.0, deadline - self._clock(peer_id)), lambda: self._at(
+                peer_id, lambda: self._tick(peer_id)))
 
     def _tick(self, peer_id: str) -> None:
         peer = self.peers[peer_id]
         deadline = peer.machine.deadline
-        if peer.is_here and not peer.crashed and deadline is not None and deadline <= self.now:
-            self._act(peer_id, peer.machine.tick(self.now))
+        if peer.is_here and not peer.crashed and deadline is not None:
+            if deadline <= self._clock(peer_id) + 1e-9:
+                self._act(peer_id, peer.machine.tick(max(deadline, self._clock(peer_id))))
+            else:
+                self._set_timer(peer_id)
 
     # -- messages --
 
     def _carry(self, number: int, sender: str, receiver: str, message: Message) -> None:
+        """A call: it fails if its sender, as long as it runs, reads no answer within answer_seconds."""
         fate = self._fate(number, sender, receiver, message)
-        stuck = self._stuck(sender)  # before its messages left
         if self.peers[sender].crashed:
             return
-        in_time = self.timing.answer_seconds
-        if isinstance(message, Ask | Tell) and (fate.lost or fate.delay > 0.1 or fate.ack_lost):
-            self.resolve_failed = True
-        if not self._harsh:
-            self._call(sender, receiver, message, fate)
-            return
-        for delay in [] if fate.lost else [fate.delay, fate.delay + fate.twice] if fate.twice else [fate.delay]:
-            self._later(stuck + delay, lambda: self._at(receiver, lambda: self._deliver(sender, receiver, message)))
-        if fate.lost or fate.delay > in_time or fate.ack_lost:
-            self._fail(sender, receiver, message, in_time)
-        else:
-            self._later(stuck + fate.delay, lambda: self._acknowledge(sender, receiver, message))
-        if stuck:  # its clock, too, goes on before it has read the answers
-            self._fail(sender, receiver, message, stuck)
-
-    def _call(self, sender: str, receiver: str, message: Message, fate: Fate) -> None:
-        """Deliver it once both ends run; the sender, once it runs, looks at its clock before it reads the answer."""
-        deadline, stuck, has_ended = self.now + self.timing.answer_seconds, self._stuck(sender), []
+        deadline, has_ended = self._clock(sender) + self.timing.answer_seconds, list[bool]()
+        is_resolve = isinstance(message, Ask | Tell)
+        self.resolve_failed |= is_resolve and (fate.lost or fate.delay > 0.1 or fate.ack_lost)
 
         def fail() -> None:
-            if not has_ended:
+            left = 0.0 if self.peers[receiver].crashed else deadline - self._clock(sender)
+            if not has_ended and left > 1e-9:
+                self._later(left, lambda: self._at(sender, fail))
+            elif not has_ended:
                 has_ended.append(True)
-                self._act(sender, self.peers[sender].machine.undelivered(receiver, message, self.now))
-
-        def answered() -> None:
-            fail() if self.now > deadline or fate.ack_lost else has_ended.append(True)
+                self._act(sender, self.peers[sender].machine.undelivered(receiver, message, self._clock(sender)))
 
         def arrive() -> None:
             self._deliver(sender, receiver, message)
-            self._later(DELAY, lambda: self._at(sender, answered))
+            if not fate.ack_lost:
+                self._later(DELAY, lambda: self._at(sender, lambda: has_ended.append(True)))
 
         def reach() -> None:
+            self.resolve_failed |= is_resolve and self._stuck(receiver) > 0
             if self.peers[receiver].crashed:
                 self._later(DELAY, lambda: self._at(sender, fail))
-            else:
-                self._at(receiver, arrive)
+            self._at(receiver, arrive)
 
-        if not fate.lost:
-            self._later(stuck + fate.delay, reach)
-        self._later(self.timing.answer_seconds, lambda: self._at(sender, fail))
-
-    def _stuck(self, peer_id: str) -> float:
-        """Seconds until it goes on."""
-        return max(0.0, self.peers[peer_id].paused_until - self.now)
-
-    def _acknowledge(self, sender: str, receiver: str, message: Message) -> None:
-        if self.peers[sender].paused_until - self.now > self.timing.answer_seconds:
-            self._fail(sender, receiver, message, 0.0)  # when it wakes its clock is ahead of what it has to read
-        if self.peers[receiver].crashed:
-            self._fail(sender, receiver, message, DELAY)
-        elif (wait := self.peers[receiver].paused_until - self.now) > 0:
-            self.resolve_failed |= isinstance(message, Ask | Tell)
-            if wait > self.timing.answer_seconds / 2:
-                self._fail(sender, receiver, message, self.timing.answer_seconds)
-
-    def _fail(self, sender: str, receiver: str, message: Message, seconds: float) -> None:
-        self._later(seconds, lambda: self._at(sender, lambda: self._act(
-            sender, self.peers[sender].machine.undelivered(receiver, message, self.now))))
+        stuck = self._stuck(sender)  # before its messages left
+        for delay in [] if fate.lost else [fate.delay, fate.delay + fate.twice] if fate.twice else [fate.delay]:
+            self._later(stuck + delay, reach)
+        self._later(stuck + self.timing.answer_seconds, lambda: self._at(sender, fail))
 
     def _deliver(self, sender: str, receiver: str, message: Message) -> None:
         peer = self.peers[receiver]
         if peer.is_here:
-            self._act(receiver, peer.machine.received(sender, message, self.now))
+            self._act(receiver, peer.machine.received(sender, message, self._clock(receiver)))
             return
         peer.early.append((sender, message))
         if reply := reply_of_the_absent(message, self.round.epoch, peer.arrives - self.now):
@@ -257,12 +242,20 @@ class FakeNetwork:
                 bad = tuple(self.bad.intersection(ids) - {other})
                 self._later(self._reducing(other), lambda other=other, bad=bad: self._averaged(
                     other, group_id, not self.bad.intersection(ids), bad))
-        missing = self._absent(ids) if self._harsh else None
-        self._later(CHUNK_TIMEOUT, lambda: self._averaged(peer_id, group_id, False, tuple(
-            self._absent(ids) if missing is None else missing)))
+        self._await(peer_id, group_id, lambda: [
+            peer for peer in ids if peer not in self.peers or self.peers[peer].crashed or self._stuck(peer)
+            or all(average.group_id != group_id for average in self.peers[peer].averages)])
 
-    def _absent(self, ids: Sequence[str]) -> list[str]:
-        return [peer for peer in ids if peer not in self.peers or self.peers[peer].crashed or self._stuck(peer)]
+    def _await(self, peer_id: str, group_id: bytes, silent: Callable[[], list[str]]) -> None:
+        """Who is `silent` when this peer has run for CHUNK_TIMEOUT is blamed."""
+        deadline = self._clock(peer_id) + CHUNK_TIMEOUT
+
+        def look() -> None:
+            if (left := deadline - self._clock(peer_id)) > 1e-9:
+                self._later(left, lambda: self._at(peer_id, look))
+            elif whom := silent():
+                self._averaged(peer_id, group_id, False, whom)
+        self._later(CHUNK_TIMEOUT, lambda: self._at(peer_id, look))
 
     def _averaged(self, peer_id: str, group_id: bytes, complete: bool, blamed: Sequence[str]) -> None:
         peer = self.peers[peer_id]
@@ -274,7 +267,7 @@ class FakeNetwork:
                     peer.completed.add(group_id)
                 else:
                     self._break(peer_id, group_id, DELAY, blamed=blamed)
-                self._act(peer_id, peer.machine.averaged(group_id, complete, blamed, self.now))
+                self._act(peer_id, peer.machine.averaged(group_id, complete, blamed, self._clock(peer_id)))
         self._at(peer_id, averaged)
 
     def _break(self, peer_id: str, group_id: bytes, seconds: float, *, blame: bool = True,

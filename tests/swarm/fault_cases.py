@@ -12,11 +12,13 @@ from processes import until
 
 AHEAD = 3           # epochs between arming a fault and its epoch, so that no one is there yet
 WATCHED = 3         # epochs, from the fault's on, in which nobody may stall
+PAUSE_SECONDS = 0.5  # below request_timeout: it costs time, and nobody the round
 TOLERANCE = 1e-4    # of a mean's view, in float32; a chunk that is missing shifts it by about 1
 STATED = {          # seconds within which survivors leave a peer behind: request_timeout, or next_chunk_timeout
     "kill": 1.0,
     "stop": 1.25,   # ... and a quarter: who is asked for a sign of life, is asked so often
     "hang": 1.25,
+    "pause": 1.25,
     "cut": 1.25,
     "poison": 1.0,
     "gradient": 1.0,
@@ -48,6 +50,8 @@ CASES = [
     *(Case("stop", point) for point in (
         "computing", "matching", "sending", "reducing", "receiving", "voted", "deciding heard")),
     *(Case("stop", point, "leader") for point in ("matching", "sending", "reducing", "deciding", "announcing")),
+    *(Case("pause", point) for point in ("matching", "sending", "receiving", "voted")),
+    *(Case("pause", point, "leader") for point in ("matching", "reducing", "deciding", "announcing")),
     Case("hang", "sending"),
     Case("slow", "slow sending"),
     Case("mute", "sending"),
@@ -95,8 +99,12 @@ def _strike(herd: Herd, case: Case, peers: Sequence[Peer]) -> Row:
     until(lambda: victim.said("fired", epoch=epoch) or survivors[0].epoch > epoch + 1, "the fault's epoch comes", 30)
     assert victim.said("fired", epoch=epoch), f"{case.point} was not reached at epoch {epoch}"
     fired = victim.said("fired", epoch=epoch)[0]["time"]
+    if case.action == "pause":
+        until(lambda: monotonic() >= fired + PAUSE_SECONDS, "its pause is over", 5)
+        victim.signal(signal.SIGCONT)
+        survivors = list(peers)
     until(lambda: all(peer.epoch >= epoch + WATCHED for peer in survivors), "the survivors go on", 30)
-    back = None if case.action == "kill" else bring_back(herd, case, victim)
+    back = None if case.action in ("kill", "pause") else bring_back(herd, case, victim)
     if case.action == "kill":
         until(lambda: not any(peer.processes() for peer in victims), "nothing of the dead runs", 5)
     # who is cut off may have committed what the others, who can't ask it, abort
@@ -107,6 +115,7 @@ def _strike(herd: Herd, case: Case, peers: Sequence[Peer]) -> Row:
               outcome(survivors, epoch))
     assert row.stall <= 2 * STATED[case.action], f"a stall of more than twice {STATED[case.action]:g} s: {row}"
     assert row.equal_after <= 2, row
+    assert case.action != "pause" or row.outcome.startswith(f"{case.peers} averaged,"), f"it cost a round: {row}"
     return row
 
 

@@ -46,8 +46,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to a peer. `action`: kill, stop (the whole peer, as a machine would), hang (the averager), mute (no
-    more values, but signs of life), slow, poison (NaN on the wire), cut (`command` takes it off the network)."""
+    """What happens to a peer. `action`: kill, stop (the whole peer, as a machine would), pause (for a moment),
+    hang (the averager), mute (no more values, but signs of life), slow, poison (NaN on the wire), cut (`command` takes
+    it off the network)."""
 
     epoch: int
     point: str
@@ -86,7 +87,7 @@ class Faults:
             match fault.action:
                 case "kill":
                     os.killpg(0, signal.SIGKILL)
-                case "stop":
+                case "stop" | "pause":
                     os.killpg(0, signal.SIGSTOP)
                 case "hang":
                     time.sleep(HANG_SECONDS)

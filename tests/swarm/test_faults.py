@@ -12,6 +12,7 @@ from faulty_peers import Herd, herd
 CHOSEN = (
     "kill member matching", "kill member sending", "kill member reducing", "kill member receiving",
     "kill leader matching", "kill leader deciding", "kill leader announcing", "kill 3 of 6 sending",
+    "pause member voted", "pause leader matching",
     "stop member matching", "stop member receiving", "stop leader sending", "stop leader announcing",
     "slow member slow sending", "gradient member gradient", "poison member poisoning")
 

@@ -25,6 +25,7 @@ from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from torch import Tensor
 
 from averaging.messages import Member
+from averaging.transports.swarm import awake
 from averaging.transports.swarm.frames import ALIVE, DATA, NOBODY, STOP, Header, Stream
 from averaging.transports.swarm.reduction import Chunk, Refusal, Span, are_finite, as_bytes, decoded, encoded, lay_out
 
@@ -86,7 +87,7 @@ class AllReduce:
         """Take part until the end, which is `timeout` seconds away at most; nothing of it goes on afterwards."""
         self._begun.set()
         try:
-            async with asyncio.timeout(self._timeout), asyncio.TaskGroup() as tasks:
+            async with awake.timeout(self._timeout), asyncio.TaskGroup() as tasks:
                 if self._reason:
                     self._over.set()
                 self.advance()
@@ -194,7 +195,7 @@ class AllReduce:
     async def _open(self, reducer: int) -> None:
         peer = PeerID.from_base58(self._members[reducer].peer_id)
         try:
-            async with asyncio.timeout(OPENING * self._chunk_timeout):
+            async with awake.timeout(OPENING * self._chunk_timeout):
                 _, reader, writer = await self._p2p.call_binary_stream_handler(peer, STREAMS)
                 writer.write(self._header)
                 stream = await Stream.over(reader, writer)

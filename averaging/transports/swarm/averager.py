@@ -32,7 +32,7 @@ from averaging.messages import NOTHING, Average, Call, Join, Message, RoundId
 from averaging.pending_calls import mend_pending_calls
 from averaging.process import die_with_parent
 from averaging.round import reply_of_the_absent
-from averaging.transports.swarm import state
+from averaging.transports.swarm import awake, state
 from averaging.transports.swarm.all_reduce import STREAMS, AllReduce, Result
 from averaging.transports.swarm.channel import (
     Board,
@@ -237,7 +237,7 @@ class Averager:
 
     async def _call(self, receiver: str, data: bytes, seconds: float) -> None:
         started = monotonic()
-        async with asyncio.timeout(seconds):
+        async with awake.timeout(seconds):
             await self._p2p.call_protobuf_handler(PeerID.from_base58(receiver), f"{self._prefix}.message",
                                                   _Raw(data), Ack)
         self._round_trips.took(receiver, monotonic() - started)
@@ -348,7 +348,7 @@ class Averager:
         """The group's all-reduce; it may begin here a little later than elsewhere."""
         group = self._groups.setdefault(group_id, asyncio.get_running_loop().create_future())
         try:
-            async with asyncio.timeout(self._setup.config.request_timeout):
+            async with awake.timeout(self._setup.config.request_timeout):
                 return await asyncio.shield(group)
         except TimeoutError:
             if not group.done():

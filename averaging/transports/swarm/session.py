@@ -14,6 +14,7 @@ from torch import Tensor
 from averaging.config import Averaging
 from averaging.messages import Action, Average, Member, Message, Send, StopAveraging, Timing
 from averaging.round import Round
+from averaging.transports.swarm import awake
 from averaging.transports.swarm.all_reduce import Result
 from averaging.transports.swarm.channel import Meet, floats
 from averaging.transports.transport import Outcome
@@ -57,7 +58,7 @@ class Session:
         self.given = floats(memory, 0, values) if memory else None
         self.mean = floats(memory, values, values) if memory else None
         self._office, self._began, self._met = office, monotonic(), 0.0
-        self._round = Round(me, meet.round, meet.group, timing, self._began, capacity=capacity, clients=meet.clients)
+        self._round = Round(me, meet.round, meet.group, timing, awake.now(), capacity=capacity, clients=meet.clients)
         self._timer: asyncio.TimerHandle | None = None
         self._reducing: asyncio.Task[None] | None = None
         self._stopped = set[bytes]()  # groups whose all-reduce is given up
@@ -70,22 +71,22 @@ class Session:
             self._problem = "a value of its own is not finite"
             self.cancel()
         if not self.has_ended:
-            self._act(self._round.start(monotonic()))
+            self._act(self._round.start(awake.now()))
 
     def received(self, sender: str, message: Message) -> None:
         """From the network, verified; may come before `start`."""
-        self._act(self._round.received(sender, message, monotonic()))
+        self._act(self._round.received(sender, message, awake.now()))
 
     def undelivered(self, receiver: str, message: Message) -> None:
         """The receiver can't be reached, or did not answer."""
-        self._act(self._round.undelivered(receiver, message, monotonic()))
+        self._act(self._round.undelivered(receiver, message, awake.now()))
 
     def cancel(self) -> None:
         """The trainer wants no more of it."""
-        self._act(self._round.cancel(monotonic()))
+        self._act(self._round.cancel(awake.now()))
 
     def _tick(self) -> None:
-        self._act(self._round.tick(monotonic()))
+        self._act(self._round.tick(awake.now()))
 
     def _act(self, actions: Sequence[Action]) -> None:
         for action in actions:
@@ -106,8 +107,8 @@ class Session:
             self._timer.cancel()
         self._timer = None
         if (deadline := self._round.deadline) is not None:
-            wait = max(0.0, deadline - monotonic())
-            self._timer = asyncio.get_running_loop().call_later(wait, self._tick)
+            wait = max(0.0, deadline - awake.now())
+            self._timer = asyncio.get_running_loop().call_later(min(wait, awake.BEAT), self._tick)
 
     async def _average(self, group: Average, before: asyncio.Task[None] | None) -> None:
         if before:  # the attempt before this one writes to the same memory
@@ -119,7 +120,7 @@ class Session:
             self._bytes_received += result.bytes_received
             self._refused += result.refused
             self._problem = result.reason
-            actions = self._round.averaged(group.group_id, result.complete, result.blamed, monotonic())
+            actions = self._round.averaged(group.group_id, result.complete, result.blamed, awake.now())
         if self._reducing is asyncio.current_task():
             self._reducing = None
         self._act(actions)
