@@ -50,7 +50,7 @@ class InStep:
         for turn in count():
             if stop.is_set():
                 return
-            there = others(self._authority.ledger.facts(), self._own)
+            there = others(await asyncio.to_thread(self._authority.ledger.facts), self._own)
             lately = heard_lately(there, time.time())
             self.heard = {address: self.heard.get(address, 0.0)
                           for address in (parse_link(other.link).address for other in lately)}

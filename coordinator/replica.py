@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from proto.replica_pb2 import (
     HandoverRequest,
 )
 from proto.replica_pb2_grpc import ReplicaServicer
+from training.errors import BadInput
 
 Context = aio.ServicerContext[Any, Any]
 CALLS = 5.0, 50           # of one address: per second, and at once
@@ -53,8 +55,9 @@ def others(known: Facts, own: Own) -> list[CoordinatorFact]:
     """The other coordinators, the one heard of last first; of those that were at one address, the newest only."""
     newest = {own.link.address: own.fact(0.0)}
     for fact in sorted(known.coordinators.values(), key=lambda fact: fact.time, reverse=True):
-        if fact.peer_id != own.peer_id:
-            newest.setdefault(parse_link(fact.link).address, fact)
+        with suppress(BadInput):  # of a later version
+            if fact.peer_id != own.peer_id:
+                newest.setdefault(parse_link(fact.link).address, fact)
     return list(newest.values())[1:MOST]
 
 

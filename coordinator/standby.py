@@ -83,7 +83,14 @@ def checked(link: Link, reply: HandoverReply) -> Experiment:
 
 
 def take_over(reply: HandoverReply, folder: Path, run_id: str) -> None:
-    """Put what was handed over into the state directory `folder`, the key last: until then it is none's."""
+    """Put what was handed over into the state directory `folder`, the key last: until then it is none's.
+
+    Raises BadInput, and leaves it alone, if another authority's key is there: it is all that its members believe.
+    """
+    path = folder / "authority.key"
+    if path.exists() and path.read_bytes() != reply.authority_key:
+        raise BadInput(f"state directory {folder} of another authority", expected="a new one, or this one's",
+                       mend="Choose another with --state-dir.")
     with closing(Ledger(folder / "ledger.sqlite")) as ledger:
         ledger.learn(decode(reply.facts))
     BanFile(folder / "bans", public_bytes(parse_key(reply.authority_key)), run_id).offer(reply.bans)
@@ -91,7 +98,7 @@ def take_over(reply: HandoverReply, folder: Path, run_id: str) -> None:
     remember_peers(folder / "known_peers.json", reply.initial_peers)
     write_private(folder / "experiment.json", reply.experiment)
     write_private(folder / "admin.token", reply.admin_token.encode())
-    write_private(folder / "authority.key", reply.authority_key)
+    write_private(path, reply.authority_key)
 
 
 async def ask(link: Link) -> HandoverReply:

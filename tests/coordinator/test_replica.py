@@ -176,6 +176,13 @@ def test_who_has_the_admin_token_gets_all_that_a_coordinator_needs(
     assert "a copy of the authority's key and of the ledger was handed to 127.0.0.1" in caplog.text
 
 
+def test_a_key_that_is_there_is_not_written_over(key: bytes, tmp_path: Path) -> None:
+    (tmp_path / "authority.key").write_bytes(b"another's")
+    with pytest.raises(BadInput, match="another authority"):
+        take_over(HandoverReply(experiment=canonical(EXPERIMENT), authority_key=key), tmp_path, RUN)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"another's"]
+
+
 @pytest.mark.parametrize(("token", "run", "found"), [
     ("", RUN, "no COVEY_ADMIN_TOKEN in the environment"), ("é", RUN, "no good COVEY_ADMIN_TOKEN"),
     ("guessed", RUN, "no good admin token"), (THE_TOKEN, "other-0123456789ab", "is not run here")])
@@ -324,7 +331,7 @@ def test_of_coordinators_at_one_address_only_the_newest_is_one() -> None:
     own = Own("QmOwn", Link("host", 1, RUN, "A" * 43), [])
     found = others(Facts(coordinators=by_key([
         where("QmOwn", 1, 9.0), where("QmOldOwn", 1, 5.0), where("QmA", 2, 3.0), where("QmAnew", 2, 4.0),
-        where("QmB", 3, 1.0)])), own)
+        where("QmB", 3, 1.0), CoordinatorFact("QmLater", 8.0, "later://x", "")])), own)
     assert [fact.peer_id for fact in found] == ["QmAnew", "QmB"]
     many = others(Facts(coordinators=by_key(where(f"Qm{port}", port, port) for port in range(2, 30))), own)
     assert [fact.peer_id for fact in many] == [f"Qm{port}" for port in range(29, 30 - MOST, -1)]

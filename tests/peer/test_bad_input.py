@@ -11,6 +11,7 @@ import pytest
 from fake_coordinator import Served, experiment, reply_of, serve
 
 from averaging.experiment import fingerprint
+from coordinator.calls import TOKEN
 from coordinator.state_dir import open_state_dir
 from proto.coordinator_pb2 import EnrolReply
 
@@ -72,13 +73,31 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
 
 @pytest.mark.parametrize(("flags", "found"), [
     (["--archive-every-epochs", "0", "--evaluate"], "without an archive"),
-    (["--data", "/nowhere"], "demo"),
+    (["--data", "/nowhere"], "data folder '/nowhere'"),
     (["--upload-to-hub", "me/my/model"], "--upload-to-hub me/my/model"),
 ])
 def test_an_archive_that_could_not_do_its_work_is_refused_at_the_start(flags: list[str], found: str,
                                                                        tmp_path: Path) -> None:
     assert found in refused("coordinator", "demo", *flags, "--state-dir", str(tmp_path / "state"))
     assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize(("arguments", "found"), [
+    ([], "neither a recipe nor --join"), (["demo", "--join", "covey://x"], "a recipe and --join"),
+    (["--join", "covey://x", "loss.temperature=0.2"], "a recipe and --join"),
+    (["--join", "covey://x"], "it has no port")])
+def test_a_coordinator_runs_a_recipe_or_stands_by_another(arguments: list[str], found: str) -> None:
+    assert found in refused("coordinator", *arguments)
+
+
+def test_a_coordinator_that_hands_nothing_over_is_not_stood_by(
+        link: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "standby"
+    monkeypatch.delenv(TOKEN, raising=False)
+    assert f"no {TOKEN}" in refused("coordinator", "--join", link, "--state-dir", str(folder))
+    monkeypatch.setenv(TOKEN, "guessed")
+    assert "answers UNIMPLEMENTED" in refused("coordinator", "--join", link, "--state-dir", str(folder))
+    assert not folder.exists()
 
 
 def test_an_unknown_key_names_the_nearest() -> None:
