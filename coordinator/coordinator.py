@@ -16,6 +16,7 @@ from coordinator.standby import keep_experiment, take_over
 from coordinator.state_dir import open_state_dir
 from coordinator.tls import own_certificate, read_certificate
 from proto.replica_pb2 import HandoverReply
+from training.data.checks import check_dataset
 from training.errors import BadInput
 
 
@@ -71,6 +72,7 @@ def check_archive(options: ArchiveOptions, experiment: Experiment) -> None:
         from coordinator.hub import check_hub  # noqa: PLC0415
         check_hub(options.hub)
     if options.evaluate:
+        check_dataset(experiment.data, options.data)
         from coordinator.evaluation import images  # noqa: PLC0415 - imports torch
         images(experiment.data, options.data)
         images.cache_clear()
