@@ -30,7 +30,7 @@ def main(folder: Path) -> None:
             tab.open(site.url)
             tab.wait(DRAWN, "the charts")
             tab.screenshot(folder / f"{name}.png", whole=True)
-        tab.look(1200, 960)
+        tab.look(1200, 1055)
         tab.open(site.url)
         tab.wait(DRAWN, "the charts")
         tab.screenshot(folder / "status_page.png")
