@@ -14,6 +14,7 @@ from coordinator.page.assets import static_files
 
 PAGE = ("/", *(f"/static/{name}" for name in static_files()), "/api/history")
 SCRAPE_SECONDS, HISTORY_SECONDS = 15.0, 10.0  # of Prometheus by default, and of the page
+LIMITS = httpx.Limits(keepalive_expiry=2)  # httpx fails where the server is just closing a connection
 
 
 @dataclass
@@ -28,7 +29,8 @@ class Viewer:
 
     async def watch(self, url: str) -> None:
         """As a browser does, until cancelled."""
-        async with httpx.AsyncClient(base_url=url, timeout=None, headers={"accept-encoding": "gzip"}) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=None, limits=LIMITS, verify=False,  # no TLS here
+                                     headers={"accept-encoding": "gzip"}) as client:
             for path in PAGE:
                 self.loaded += await _size(client, path)
             history = asyncio.create_task(self._read_history(client))
@@ -70,7 +72,7 @@ async def _size(client: httpx.AsyncClient, path: str) -> int:
 
 async def scrape(url: str, seconds: list[float]) -> None:
     """As Prometheus does, until cancelled; `seconds` gets what each took."""
-    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=60, limits=LIMITS) as client:
         while True:
             began = monotonic()
             (await client.get("/metrics", headers={"accept": "application/openmetrics-text"})).raise_for_status()
