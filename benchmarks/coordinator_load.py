@@ -93,7 +93,7 @@ async def measure(volunteers: int, viewers: int, minutes: float, epoch_seconds: 
 
 async def watch(url: str, coordinator: psutil.Process, load: Load) -> Load:
     """Viewers and scrapes for so many minutes, and what they and the coordinator's processes tell."""
-    crowd = [Viewer() for _ in range(load.viewers)]
+    crowd = [Viewer(f"127.0.{1 + number // 250}.{1 + number % 250}") for number in range(load.viewers)]
     tasks = [asyncio.create_task(viewer.watch(url)) for viewer in crowd]
     tasks.append(asyncio.create_task(scrape(url, load.scrapes)))
     while not all(viewer.events for viewer in crowd):

@@ -21,6 +21,7 @@ LIMITS = httpx.Limits(keepalive_expiry=2)  # httpx fails where the server is jus
 class Viewer:
     """Somebody with the page open: `swarm` is what it shows, `loaded` the bytes of its first load."""
 
+    address: str  # of loopback's; from one address a coordinator takes 128 connections
     swarm: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, Any] = field(default_factory=dict)
     events: int = 0
@@ -29,7 +30,8 @@ class Viewer:
 
     async def watch(self, url: str) -> None:
         """As a browser does, until cancelled."""
-        async with httpx.AsyncClient(base_url=url, timeout=None, limits=LIMITS, verify=False,  # no TLS here
+        transport = httpx.AsyncHTTPTransport(local_address=self.address, limits=LIMITS, verify=False)
+        async with httpx.AsyncClient(base_url=url, timeout=None, transport=transport,
                                      headers={"accept-encoding": "gzip"}) as client:
             for path in PAGE:
                 self.loaded += await _size(client, path)
