@@ -12,7 +12,7 @@ from urllib.request import urlopen
 import psutil
 import pytest
 import torch
-from processes import until
+from processes import is_running, until
 from swarm import Covey, Event, Swarm
 
 from peer.evaluate import evaluate
@@ -109,9 +109,11 @@ def tell(swarm: Swarm) -> Story:
                    "a checkpoint after the crash")
     before = later(crashed)
 
+    families = [*volunteer.family(), *coordinator.family()]
     for one in (volunteer, coordinator):
         one.process.kill()
         one.process.wait()
+    until(lambda: not any(is_running(process.pid) for process in families), "nothing of them remains")
     shutil.rmtree(volunteer.log.with_suffix(""))
     newest, kept, *_ = sorted(checkpoints.glob("epoch-*.safetensors"), reverse=True)
     with newest.open("r+b") as file:
