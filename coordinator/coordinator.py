@@ -58,6 +58,8 @@ def run_coordinator(experiment: Experiment, *, state_dir: Path, host: str = "0.0
         authority = Authority(folder, run, is_open=is_open, token_seconds=token_seconds)
         try:
             with running_node(run, authority, folder, host=host, announce_host=announce_host, port=p2p_port) as node:
+                if archive:
+                    check_images(archive, experiment)
                 uvloop.run(serve(
                     experiment, authority, certificate, node, folder, host=host, grpc_port=grpc_port,
                     link_host=announce_host or reachable_host(host), http_port=http_port, json_output=json_output,
@@ -73,6 +75,11 @@ def check_archive(options: ArchiveOptions, experiment: Experiment) -> None:
         check_hub(options.hub)
     if options.evaluate:
         check_dataset(experiment.data, options.data)
+
+
+def check_images(options: ArchiveOptions, experiment: Experiment) -> None:
+    """Raises BadInput where the images could not serve to evaluate. Once the DHT is forked: torch starts threads."""
+    if options.evaluate:
         from coordinator.evaluation import images  # noqa: PLC0415 - imports torch
         images(experiment.data, options.data)
         images.cache_clear()
