@@ -109,8 +109,9 @@ async def serve_http(app: ASGIApp, host: str, port: int) -> AsyncIterator[int]:
     # Connections inherit it. Without it, a client that reads nothing would hold its place for ever.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_SECONDS * 1000)
     server = _Server(uvicorn.Config(
-        app, log_config=None, log_level="warning", access_log=False, lifespan="off", ws="none", headers=HEADERS,
-        server_header=False, limit_concurrency=512, http=Connection, timeout_graceful_shutdown=1))
+        app, log_config=None, log_level="error", access_log=False,  # who sends garbage can't fill the log with warnings
+        lifespan="off", ws="none", headers=HEADERS, server_header=False, limit_concurrency=512, http=Connection,
+        timeout_graceful_shutdown=1))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield listener.getsockname()[1]

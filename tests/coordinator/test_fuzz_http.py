@@ -103,13 +103,13 @@ def test_whatever_is_asked_is_answered_or_hung_up_on_and_costs_nothing(
             assert await is_well(port)
             return seen, grown
 
-    caplog.set_level(logging.ERROR)
+    caplog.set_level(logging.WARNING)
     seen, grown = asyncio.run(work())
     print(dict(seen), f"{grown / (1 << 20):.1f} MiB")
     assert {"200", "400", "404", "405"} <= seen.keys()
     assert not {status for status in seen if status.startswith("5")}
     assert grown < GROWTH
-    assert "Traceback" not in caplog.text
+    assert not [record for record in caplog.records if record.name.startswith("uvicorn")]  # or anybody fills the disk
 
 
 @pytest.mark.timeout(120)
