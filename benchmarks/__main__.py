@@ -95,16 +95,20 @@ def with_swarm(volunteers: int, overrides: Sequence[str], folder: Path) -> list[
                          "--state-dir", str(folder / f"lane{number}")] for number in range(volunteers)], folder)
 
 
+def with_long_epochs(lanes: int) -> list[str]:
+    """Of TARGET samples per peer; the demo's periods are made for epochs of a second."""
+    return [f"averaging.target_batch_size={TARGET * lanes}", "averaging.min_refresh_period=2",
+            "averaging.max_refresh_period=5"]
+
+
 def compare(lanes: int, console: Console) -> None:
     """`lanes` peers in one swarm against as many lone loops at once."""
-    overrides = [f"averaging.target_batch_size={TARGET * lanes}", "averaging.min_refresh_period=2",
-                 "averaging.max_refresh_period=5"]  # the demo's are made for epochs of a second
     ratios, lengths = [], []
     for turn in range(PAIRS):
         with tempfile.TemporaryDirectory(prefix="covey-bench-") as name:
             rival = measure([["benchmarks.lone_loop", "demo", f"averaging.target_batch_size={TARGET}"]] * lanes,
                             Path(name))
-            ours = with_swarm(lanes, overrides, Path(name))
+            ours = with_swarm(lanes, with_long_epochs(lanes), Path(name))
         ratios.append(sum(lane.rate() for lane in ours) / sum(lane.rate() for lane in rival))
         lengths.append(median(lane.epoch_seconds() for lane in ours))
         console.print(f"  turn {turn + 1}: swarm {sum(lane.rate() for lane in ours):7.1f} samples/s, "

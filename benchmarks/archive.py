@@ -15,7 +15,7 @@ from time import perf_counter
 from rich.console import Console
 
 from averaging.experiment import canonical, load_experiment
-from benchmarks.__main__ import PAIRS, with_swarm
+from benchmarks.__main__ import PAIRS, with_long_epochs, with_swarm
 from coordinator.held import Held
 
 SNAPSHOTS = {"demo": "demo", "ResNet-50, SwAV": "swav_1node_resnet_submit"}
@@ -25,7 +25,7 @@ def rate(every: int) -> tuple[float, int, float]:
     """Samples per second of two peers whose coordinator archives every so many epochs, the checkpoints written
     meanwhile, and the mean length of an epoch in seconds."""
     with tempfile.TemporaryDirectory(prefix="covey-bench-") as name:
-        lanes = with_swarm(2, ["--archive-every-epochs", str(every)], Path(name))
+        lanes = with_swarm(2, [*with_long_epochs(2), "--archive-every-epochs", str(every)], Path(name))
         written = (Path(name) / "coordinator.log").read_text().count("INFO checkpoint of epoch")
         return sum(lane.rate() for lane in lanes), written, median(lane.epoch_seconds() for lane in lanes)
 
