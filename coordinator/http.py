@@ -17,25 +17,20 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from coordinator.archive import Archive
 from coordinator.connections import Connection
-from coordinator.credit_ledger import Leaderboard
 from coordinator.events import NO_STORE, Feed, events
 from coordinator.history import History, columns
 from coordinator.page.assets import answer, asset, content_security_policy, document, static_files
 from coordinator.ports import listen
-from coordinator.swarm import SwarmState
-from coordinator.view import About, is_fresh, swarm_json
+from coordinator.view import About, Seen, is_fresh, swarm_json
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 HEADERS = [("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")]
 UNACKNOWLEDGED_SECONDS = 20  # that a client may take nothing of what was sent to it, before it counts as gone
 
 
-def coordinator_app(state: Callable[[], SwarmState], about: About, registry: CollectorRegistry, *,
-                    history: Callable[[], History], feed: Feed, clock: Callable[[], float] = time.time,
-                    archive: Callable[[], Archive | None] = lambda: None,
-                    leaderboard: Callable[[], Leaderboard] = Leaderboard) -> ASGIApp:
+def coordinator_app(seen: Callable[[], Seen], about: About, registry: CollectorRegistry, *,
+                    history: Callable[[], History], feed: Feed, clock: Callable[[], float] = time.time) -> ASGIApp:
     """The page and what it reads, `/metrics` and `/healthz`; read-only. `clock` gives Unix seconds."""
 
     known: tuple[object, ...] = ()
@@ -43,13 +38,13 @@ def coordinator_app(state: Callable[[], SwarmState], about: About, registry: Col
 
     async def swarm(request: Request) -> Response:
         nonlocal known, made
-        if known != (newest := (read := state(), is_fresh(read, clock()), archive(), leaderboard())):
-            body = json.dumps(swarm_json(read, about, clock(), archive(), leaderboard()), allow_nan=False)
+        if known != (newest := (now := seen(), is_fresh(now.state, clock()))):
+            body = json.dumps(swarm_json(now, about, clock()), allow_nan=False)
             known, made = newest, asset(body.encode(), "application/json")
         return answer(request, made, NO_STORE)
 
     async def healthz(request: Request) -> Response:
-        if is_fresh(state(), clock()):
+        if is_fresh(seen().state, clock()):
             return PlainTextResponse("ok\n", headers=NO_STORE)
         return PlainTextResponse("the DHT could not be read lately\n", status_code=503, headers=NO_STORE)
 

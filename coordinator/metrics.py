@@ -14,7 +14,7 @@ from averaging.records import PEER_MODES, PEER_STATES
 from coordinator.archive import STAGES, Archive
 from coordinator.credit_ledger import Leaderboard
 from coordinator.swarm import Counters, SwarmState
-from coordinator.view import About, is_fresh
+from coordinator.view import About, Seen, is_fresh
 
 # of coordinator.authority and coordinator.replica
 FAILURES = ("admin token", "banned", "clock", "invite", "key", "rate", "replica", "signature")
@@ -27,29 +27,28 @@ ANEW = SwarmState()
 
 
 class SwarmCollector(Collector):
-    """`state()` as metric families. What changes from moment to moment is absent when the reading is old.
+    """`seen()` as metric families. What changes from moment to moment is absent when the reading is old.
 
     Counters begin at 0 with the process, whatever was counted `before`: Prometheus takes one that fell for a new one.
     """
 
-    def __init__(self, state: Callable[[], SwarmState], about: About, failures: Mapping[str, int], *,
-                 archive: Callable[[], Archive | None], clock: Callable[[], float], before: SwarmState,
-                 leaderboard: Callable[[], Leaderboard]) -> None:
-        self.state, self.about, self.failures, self.archive, self.clock = state, about, failures, archive, clock
-        self.before, self.leaderboard = before, leaderboard
+    def __init__(self, seen: Callable[[], Seen], about: About, failures: Mapping[str, int], *,
+                 clock: Callable[[], float], before: SwarmState) -> None:
+        self.seen, self.about, self.failures, self.clock, self.before = seen, about, failures, clock, before
 
     def collect(self) -> Iterator[Metric]:
         """One scrape."""
-        state = self.state()
+        seen = self.seen()
+        state = seen.state
         yield _gauge("covey_build_info", "The running version.", 1, version=self.about.version)
         yield _gauge("covey_target_batch_size", "Samples that make a collaborative epoch.",
                      self.about.target_batch_size)
         yield from _churn(self.before, state)
         yield from _counters(Counters().grown(self.before.counters, state.counters), self.about.averaged)
         yield _failures(self.failures)
-        if archive := self.archive():
-            yield from _archive(archive)
-        yield from _credits(self.leaderboard())
+        if seen.archive:
+            yield from _archive(seen.archive)
+        yield from _credits(seen.leaderboard)
         if is_fresh(state, self.clock()):
             yield from _gauges(state)
 
@@ -70,20 +69,17 @@ class ReplicaCollector(Collector):
         yield family
 
 
-def coordinator_registry(state: Callable[[], SwarmState], about: About, clock: Callable[[], float] = time.time, *,
+def coordinator_registry(seen: Callable[[], Seen], about: About, clock: Callable[[], float] = time.time, *,
                          failures: Mapping[str, int] = MappingProxyType({}),
-                         archive: Callable[[], Archive | None] = lambda: None,
                          replicas: Callable[[], Mapping[str, float]] = dict,
-                         before: SwarmState = ANEW,
-                         leaderboard: Callable[[], Leaderboard] = Leaderboard) -> CollectorRegistry:
+                         before: SwarmState = ANEW) -> CollectorRegistry:
     """A registry of its own with the swarm's metrics; `clock` gives Unix seconds, `failures` who was not let in.
 
     `replicas()` is when the other coordinators were last heard, by HOST:PORT. `before` is the state that the process
     began with.
     """
     registry = CollectorRegistry()
-    registry.register(SwarmCollector(state, about, failures, archive=archive, clock=clock, before=before,
-                                     leaderboard=leaderboard))
+    registry.register(SwarmCollector(seen, about, failures, clock=clock, before=before))
     registry.register(ReplicaCollector(replicas))
     return registry
 

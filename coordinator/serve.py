@@ -19,7 +19,7 @@ from averaging.records import AVERAGED
 from averaging.version import VERSION
 from coordinator.admin import AdminService, admin_token, serve_admin
 from coordinator.admin_socket import admin_socket
-from coordinator.archive import Archive, ArchiveOptions
+from coordinator.archive import ArchiveOptions
 from coordinator.archiving import Archiver, archiving
 from coordinator.authority import Authority
 from coordinator.crediting import Crediting
@@ -35,7 +35,7 @@ from coordinator.replica import Own, ReplicaService, heard_lately, others
 from coordinator.service import CoordinatorService, bind_grpc, start_grpc
 from coordinator.swarm import SwarmState
 from coordinator.tls import Certificate
-from coordinator.view import INVITE, About, swarm_json, view
+from coordinator.view import INVITE, About, Seen, swarm_json, view
 from proto.authority_pb2_grpc import add_AdminServicer_to_server
 from proto.coordinator_pb2 import EnrolReply
 from proto.replica_pb2_grpc import add_ReplicaServicer_to_server
@@ -78,18 +78,16 @@ async def serve(experiment: Experiment, authority: Authority, certificate: Certi
         about = About(run, link("" if authority.is_open else INVITE), VERSION, averaging.target_batch_size,
                       averaging.target_group_size, AVERAGED[averaging.strategy])
 
-        def archive() -> Archive | None:
-            return archiver.archive if archiver else None
+        def seen() -> Seen:
+            return Seen(follower.state, archiver.archive if archiver else None, crediting.leaderboard)
 
         def newest() -> dict[str, Any]:
-            return swarm_json(follower.state, about, time.time(), archive(), leaderboard=crediting.leaderboard)
+            return swarm_json(seen(), about, time.time())
 
         feed = Feed(newest())
-        registry = coordinator_registry(lambda: follower.state, about, failures=authority.failures, before=before,
-                                        replicas=lambda: in_step.heard, leaderboard=lambda: crediting.leaderboard,
-                                        archive=archive)
-        app = coordinator_app(lambda: follower.state, about, registry, history=lambda: follower.history, feed=feed,
-                              leaderboard=lambda: crediting.leaderboard, archive=archive)
+        registry = coordinator_registry(seen, about, failures=authority.failures, before=before,
+                                        replicas=lambda: in_step.heard)
+        app = coordinator_app(seen, about, registry, history=lambda: follower.history, feed=feed)
         http_port = await stack.enter_async_context(serve_http(app, host, http_port))
         stack.callback(feed.close)  # before the server, which waits for open requests
         url = f"http://{bracketed(link_host)}:{http_port}"
@@ -103,8 +101,7 @@ async def serve(experiment: Experiment, authority: Authority, certificate: Certi
             authority, own, document=offer.experiment, folder=folder, token=admin_token(folder), version=VERSION,
             initial_peers=lambda: complete().initial_peers), server)
         await start_grpc(server, CoordinatorService(
-            authority, complete, VERSION,
-            lambda: SwarmSnapshot(**view(follower.state, about, archive(), leaderboard=crediting.leaderboard)),
+            authority, complete, VERSION, lambda: SwarmSnapshot(**view(seen(), about)),
             lambda: crediting.leaderboard))
         await stack.enter_async_context(serve_admin(
             AdminService(authority, link, node.publish_bans), admin_socket(folder)))

@@ -1,7 +1,7 @@
 """One view of the swarm for all who look: the gRPC snapshot, the JSON and the page have equal figures."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from itertools import islice
 from math import isfinite
 from typing import Any
@@ -14,7 +14,6 @@ INVITE = "INVITE"  # in a link for all to see, where one's own has to stand
 MOST_ROWS = 50     # of the leaderboard
 UNTOLD = {"time", "addresses", "sketch", "seconds", "client_mode", "auxiliary"}  # of a record
 FRESH_SECONDS = 30.0  # older readings tell nothing of the swarm as it is
-NOBODY = Leaderboard()
 
 
 @dataclass(frozen=True)
@@ -29,14 +28,23 @@ class About:
     averaged: str  # what peers average (averaging.records.AVERAGED)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a coordinator knows at one moment."""
+
+    state: SwarmState = field(default_factory=SwarmState)
+    archive: Archive | None = None  # None: it keeps none
+    leaderboard: Leaderboard = field(default_factory=Leaderboard)
+
+
 def is_fresh(state: SwarmState, now: float) -> bool:
     """Whether `state` still tells what the swarm does at `now` (Unix seconds)."""
     return now - state.time <= FRESH_SECONDS
 
 
-def view(state: SwarmState, about: About, archive: Archive | None = None, leaderboard: Leaderboard = NOBODY
-         ) -> dict[str, Any]:
+def view(seen: Seen, about: About) -> dict[str, Any]:
     """The fields of `covey.v1.SwarmSnapshot`, by name."""
+    state, leaderboard = seen.state, seen.leaderboard
     return {
         "run_id": about.run_id,
         "time_seconds": state.time,
@@ -57,17 +65,17 @@ def view(state: SwarmState, about: About, archive: Archive | None = None, leader
         "since_seconds": state.since,
         "joins": state.joins,
         "departures": {"left": state.left, "lost": state.lost},
-        "archive": archive_view(archive),
+        "archive": archive_view(seen.archive),
         "leaderboard": [asdict(row) for row in islice(leaderboard.rows.values(), MOST_ROWS)],
         "credited_samples": leaderboard.samples,
         "flagged_claims": leaderboard.flagged,
     }
 
 
-def swarm_json(state: SwarmState, about: About, now: float, archive: Archive | None = None,
-               leaderboard: Leaderboard = NOBODY) -> dict[str, Any]:
+def swarm_json(seen: Seen, about: About, now: float) -> dict[str, Any]:
     """What `/api/swarm` and the page tell at `now` (Unix seconds): the view, and what one makes of it."""
-    return {**view(state, about, archive, leaderboard), "link": about.link, "fresh": is_fresh(state, now),
+    state = seen.state
+    return {**view(seen, about), "link": about.link, "fresh": is_fresh(state, now),
             "peer_states": dict(Counter(peer.record.state for peer in state.peers.values())),
             "seconds_to_next_epoch": seconds_to_next_epoch(state, about.target_batch_size)}
 

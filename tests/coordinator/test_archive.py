@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from coordinator.archive import MOST_EVALUATIONS, STAGES, Archive, Evaluation, archive_view, with_evaluation
 from coordinator.metrics import coordinator_registry
 from coordinator.swarm import SwarmState
-from coordinator.view import About, swarm_json, view
+from coordinator.view import About, Seen, swarm_json, view
 from proto.swarm_pb2 import SwarmSnapshot
 
 ARCHIVE = Archive(epoch=40, time=1234.5, sha256="ab", evaluations=(
@@ -18,13 +18,14 @@ ARCHIVE = Archive(epoch=40, time=1234.5, sha256="ab", evaluations=(
 
 
 def scrape(state: SwarmState, about: About, archive: Archive | None) -> dict[str, float]:
-    text = generate_latest(coordinator_registry(lambda: state, about, archive=lambda: archive)).decode()
+    text = generate_latest(coordinator_registry(lambda: Seen(state, archive), about)).decode()
     return {sample.name + "".join(sample.labels.get("stage", "")): sample.value
             for family in text_string_to_metric_families(text) for sample in family.samples}
 
 
 def test_grpc_and_json_say_the_same(state: SwarmState, about: About, now: float) -> None:
-    snapshot, page = SwarmSnapshot(**view(state, about, ARCHIVE)), swarm_json(state, about, now, ARCHIVE)["archive"]
+    seen = Seen(state, ARCHIVE)
+    snapshot, page = SwarmSnapshot(**view(seen, about)), swarm_json(seen, about, now)["archive"]
     assert snapshot.archive == SwarmSnapshot.Archive(**page)
     assert page == {
         "epoch": 40, "time_seconds": 1234.5, "sha256": "ab", "uploaded_epoch": None, "last_error": "disk full",
@@ -34,9 +35,9 @@ def test_grpc_and_json_say_the_same(state: SwarmState, about: About, now: float)
 
 
 def test_no_archive_is_not_an_empty_one(state: SwarmState, about: About, now: float) -> None:
-    assert not SwarmSnapshot(**view(state, about)).HasField("archive")
-    assert swarm_json(state, about, now)["archive"] is None
-    empty = SwarmSnapshot(**view(state, about, Archive()))
+    assert not SwarmSnapshot(**view(Seen(state), about)).HasField("archive")
+    assert swarm_json(Seen(state), about, now)["archive"] is None
+    empty = SwarmSnapshot(**view(Seen(state, Archive()), about))
     assert empty.HasField("archive")
     assert not empty.archive.HasField("epoch")
 

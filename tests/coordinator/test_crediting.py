@@ -12,7 +12,7 @@ from coordinator.credit_ledger import CreditLedger
 from coordinator.crediting import Crediting, contribution
 from coordinator.follow import under_enrolled_names
 from coordinator.swarm import SwarmState
-from coordinator.view import MOST_ROWS, About, swarm_json, view
+from coordinator.view import MOST_ROWS, About, Seen, swarm_json, view
 from proto.swarm_pb2 import SwarmSnapshot
 
 NOW = 1e9
@@ -147,12 +147,12 @@ def test_the_json_and_the_snapshot_have_the_first_rows_and_all_sums(
         peer: [Receipt(0, b"g" * 16, many)] for peer in many}
     crediting = swarm.crediting(ledger)
     crediting.refresh()
-    told = swarm_json(state, about, now, leaderboard=crediting.leaderboard)
+    told = swarm_json(Seen(state, leaderboard=crediting.leaderboard), about, now)
     assert told["leaderboard"][0] == {
         "peer_id": "peer60", "name": "<b>", "samples": 60, "epochs": 1, "flagged": 0}
     assert len(told["leaderboard"]) == MOST_ROWS
     assert (told["credited_samples"], told["flagged_claims"]) == (sum(many.values()), 0)
-    snapshot = SwarmSnapshot(**view(state, about, leaderboard=crediting.leaderboard))
+    snapshot = SwarmSnapshot(**view(Seen(state, leaderboard=crediting.leaderboard), about))
     assert [row.samples for row in snapshot.leaderboard] == [row["samples"] for row in told["leaderboard"]]
 
 

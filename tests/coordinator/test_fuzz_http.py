@@ -19,7 +19,7 @@ from coordinator.history import History, remember
 from coordinator.http import coordinator_app, serve_http
 from coordinator.metrics import coordinator_registry
 from coordinator.swarm import SwarmState
-from coordinator.view import About
+from coordinator.view import About, Seen
 
 REQUESTS = 10_000
 AT_ONCE = 50
@@ -38,7 +38,7 @@ HEADERS = ["Host: x", "Host: " + "y" * 9000, "Content-Length: -1", "Content-Leng
 def app(about: About, state: SwarmState, now: float) -> Callable[[], ASGIApp]:
     """Makes one, in the loop that is to run it."""
     return lambda: coordinator_app(
-        lambda: state, about, coordinator_registry(lambda: state, about, lambda: now),
+        lambda: Seen(state), about, coordinator_registry(lambda: Seen(state), about, lambda: now),
         history=lambda: remember(History(), state), feed=Feed({}), clock=lambda: now)
 
 

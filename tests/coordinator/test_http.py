@@ -19,7 +19,7 @@ from coordinator.http import coordinator_app, serve_http
 from coordinator.metrics import coordinator_registry
 from coordinator.ports import listen
 from coordinator.swarm import Peer, SwarmState
-from coordinator.view import About, seconds_to_next_epoch
+from coordinator.view import About, Seen, seconds_to_next_epoch
 from training.errors import BadInput
 
 PATHS = ("/", "/static/page.js", "/api/swarm", "/api/events", "/api/history", "/metrics", "/healthz")
@@ -28,8 +28,8 @@ Get = Callable[..., httpx.Response]
 
 def app_of(state: SwarmState, about: About, registry: CollectorRegistry,
            clock: Callable[[], float] = time.time) -> ASGIApp:
-    return coordinator_app(lambda: state, about, registry, history=lambda: remember(History(), state), feed=Feed({}),
-                           clock=clock)
+    return coordinator_app(lambda: Seen(state), about, registry, feed=Feed({}), clock=clock,
+                           history=lambda: remember(History(), state))
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def get(about: About, now: float) -> Get:
     """`get(state, "/path", age=0)`: what a server with `state`, read `age` seconds ago, answers."""
 
     async def fetch(state: SwarmState, path: str, age: float, headers: dict[str, str]) -> httpx.Response:
-        registry = coordinator_registry(lambda: state, about, lambda: now + age)
+        registry = coordinator_registry(lambda: Seen(state), about, lambda: now + age)
         app = app_of(state, about, registry, lambda: now + age)
         async with serve_http(app, "127.0.0.1", 0) as port, httpx.AsyncClient() as client:
             return await client.get(f"http://127.0.0.1:{port}{path}", headers=headers)
@@ -123,7 +123,7 @@ def test_metrics_come_in_the_format_that_is_asked_for(get: Get, state: SwarmStat
 
 def test_it_can_only_be_read(about: About, state: SwarmState) -> None:
     async def statuses() -> set[int]:
-        app = app_of(state, about, coordinator_registry(lambda: state, about))
+        app = app_of(state, about, coordinator_registry(lambda: Seen(state), about))
         async with serve_http(app, "127.0.0.1", 0) as port, httpx.AsyncClient() as client:
             return {(await client.request(method, f"http://127.0.0.1:{port}{path}")).status_code
                     for method in ("POST", "PUT", "DELETE") for path in PATHS}

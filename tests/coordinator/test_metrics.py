@@ -7,13 +7,13 @@ from averaging.records import Refusals
 from coordinator.credit_ledger import Leaderboard
 from coordinator.metrics import ANEW, FAILURES, coordinator_registry
 from coordinator.swarm import SwarmState
-from coordinator.view import About
+from coordinator.view import About, Seen
 
 
 def scrape(state: SwarmState, about: About, now: float, before: SwarmState = ANEW) -> dict[tuple[str, tuple], float]:
     """Sample values by name and sorted labels, as Prometheus reads them."""
-    registry = coordinator_registry(lambda: state, about, lambda: now, failures={"banned": 2}, before=before,
-                                    leaderboard=lambda: Leaderboard(samples=1200, flagged=3))
+    registry = coordinator_registry(lambda: Seen(state, leaderboard=Leaderboard(samples=1200, flagged=3)), about,
+                                    lambda: now, failures={"banned": 2}, before=before)
     text = generate_latest(registry).decode()
     return {(sample.name, tuple(sorted(sample.labels.items()))): sample.value
             for family in text_string_to_metric_families(text) for sample in family.samples}
@@ -69,7 +69,8 @@ def test_a_loss_that_nobody_knows_is_absent(state: SwarmState, about: About, now
 
 
 def test_names_and_labels_keep_the_conventions(state: SwarmState, about: About, now: float) -> None:
-    text = generate_latest(coordinator_registry(lambda: state, about, lambda: now, failures={"banned": 2})).decode()
+    registry = coordinator_registry(lambda: Seen(state), about, lambda: now, failures={"banned": 2})
+    text = generate_latest(registry).decode()
     for family in text_string_to_metric_families(text):
         assert family.documentation.endswith(".")
         for sample in family.samples:

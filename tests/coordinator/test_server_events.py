@@ -20,7 +20,7 @@ from coordinator.history import History
 from coordinator.http import coordinator_app, serve_http
 from coordinator.metrics import coordinator_registry
 from coordinator.swarm import Peer, SwarmState
-from coordinator.view import About, swarm_json
+from coordinator.view import About, Seen, swarm_json
 
 Serve = Callable[[Callable[[str, Feed], Awaitable[None]]], None]
 
@@ -30,9 +30,9 @@ def serve(about: About, state: SwarmState, now: float) -> Serve:
     """`serve(check)`: await check(url, feed) beside a server."""
 
     async def run(check: Callable[[str, Feed], Awaitable[None]]) -> None:
-        feed = Feed(swarm_json(state, about, now))
-        app = coordinator_app(lambda: state, about, coordinator_registry(lambda: state, about), history=History,
-                              feed=feed, clock=lambda: now)
+        feed = Feed(swarm_json(Seen(state), about, now))
+        app = coordinator_app(lambda: Seen(state), about, coordinator_registry(lambda: Seen(state), about),
+                              history=History, feed=feed, clock=lambda: now)
         async with serve_http(app, "127.0.0.1", 0) as port, asyncio.timeout(30):
             try:
                 await check(f"http://127.0.0.1:{port}", feed)
@@ -95,15 +95,15 @@ def test_who_follows_gets_what_changed_and_who_comes_gets_all(
     async def check(url: str, feed: Feed) -> None:
         async with following(url, "gzip") as events:
             await anext(events)
-            feed.publish(swarm_json(replace(state, time=now + 1), about, now + 1))
+            feed.publish(swarm_json(Seen(replace(state, time=now + 1)), about, now + 1))
             _, quiet = await anext(events)
             assert (quiet["changed"], quiet["gone"], quiet["time_seconds"]) == ([], [], now + 1)
-            feed.publish(swarm_json(later, about, now + 1))
+            feed.publish(swarm_json(Seen(later), about, now + 1))
             _, event = await anext(events)
             assert {row["peer_id"]: row["epoch"] for row in event["changed"]} == {"12D3ada": 8, "12D3new": 0}
             assert event["gone"] == [eve.record.peer_id]
         async with following(url) as events:
-            assert as_json((await anext(events))[1])["peers"] == swarm_json(later, about, now + 1)["peers"]
+            assert as_json((await anext(events))[1])["peers"] == swarm_json(Seen(later), about, now + 1)["peers"]
 
     serve(check)
 
@@ -113,7 +113,7 @@ def test_of_very_many_peers_events_have_the_first_rows_and_count_all(
     many = SwarmState(time=now, peers={f"{i:04d}": Peer(record(f"{i:04d}"), now) for i in reversed(range(1000))})
 
     async def check(url: str, feed: Feed) -> None:
-        feed.publish(swarm_json(many, about, now))
+        feed.publish(swarm_json(Seen(many), about, now))
         async with following(url) as events:
             _, event = await anext(events)
         assert [row["name"] for row in event["peers"]] == [f"{i:04d}" for i in range(MOST_ROWS)]

@@ -19,7 +19,7 @@ from coordinator.link import Link
 from coordinator.service import ENROLMENTS, SERVICE, WATCHERS, CoordinatorService, bind_grpc, start_grpc
 from coordinator.swarm import SwarmState
 from coordinator.tls import connect, self_signed
-from coordinator.view import About, view
+from coordinator.view import About, Seen, view
 from proto.coordinator_pb2 import EnrolReply, EnrolRequest, WatchRequest
 from proto.coordinator_pb2_grpc import CoordinatorStub
 from proto.swarm_pb2 import SwarmSnapshot
@@ -151,7 +151,7 @@ def test_a_patch_release_may_join() -> None:
 
 
 def test_a_snapshot_carries_the_whole_view(state: SwarmState, about: About) -> None:
-    [received] = asyncio.run(watch(0, 99, SwarmSnapshot(**view(state, about))))
+    [received] = asyncio.run(watch(0, 99, SwarmSnapshot(**view(Seen(state), about))))
     assert (received.run_id, received.epoch, received.epoch_samples, received.target_batch_size) == (
         about.run_id, 7, 64, 256)
     assert (received.loss, received.samples_total, received.joins, received.departures.lost) == (2.5, 1500, 6, 1)
@@ -161,7 +161,7 @@ def test_a_snapshot_carries_the_whole_view(state: SwarmState, about: About) -> N
 
 
 def test_a_loss_that_nobody_knows_is_absent_not_zero(about: About) -> None:
-    assert not SwarmSnapshot(**view(SwarmState(), about)).HasField("loss")
+    assert not SwarmSnapshot(**view(Seen(), about)).HasField("loss")
 
 
 def test_an_interval_gives_one_snapshot_after_another() -> None:

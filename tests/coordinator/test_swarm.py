@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from averaging.records import ARCHIVING, PEER_STATES, PeerRecord, Refusals, Rounds, RoundSeconds
 from coordinator import swarm
 from coordinator.swarm import SwarmState, observe
-from coordinator.view import About, view
+from coordinator.view import About, Seen, view
 from proto.swarm_pb2 import SwarmSnapshot
 
 Record = Callable[..., PeerRecord]
@@ -136,7 +136,7 @@ def test_no_lie_is_too_large_to_be_carried(record: Record, now: float) -> None:
     most = 2**63 - 1
     liars = [record(name, samples_total=most, samples_accumulated=most, group_size=2**16 - 1, round_seconds=9e8,
                     rounds=Rounds(most, most, most), refused=Refusals(most, most, most)) for name in "abc"]
-    snapshot = SwarmSnapshot(**view(fold((now, liars)), ABOUT))
+    snapshot = SwarmSnapshot(**view(Seen(fold((now, liars))), ABOUT))
     assert (snapshot.samples_total, snapshot.epoch_samples, snapshot.refused.value) == (most, most, most)
 
 

@@ -12,7 +12,7 @@ from averaging.records import PeerRecord
 from coordinator.archive import Archive, Evaluation
 from coordinator.metrics import FIGURES, coordinator_registry
 from coordinator.swarm import Peer, SwarmState
-from coordinator.view import About
+from coordinator.view import About, Seen
 from peer.metrics import HELP, PeerMetrics
 from proto.peer_pb2 import PeerStatus, WorkerEvent
 
@@ -54,7 +54,7 @@ def a_coordinator() -> CollectorRegistry:
         sketch=bytes(136)), heard=0.0) for name in ("ada", "grace")}
     state = SwarmState(peers=peers, epoch=1)
     archive = Archive(epoch=1, evaluations=(Evaluation(1, dict.fromkeys(FIGURES, 0.5)),))
-    return coordinator_registry(lambda: state, about, clock=lambda: 0.0, archive=lambda: archive,
+    return coordinator_registry(lambda: Seen(state, archive), about, clock=lambda: 0.0,
                                 replicas=lambda: {"host:31338": 0.0})
 
 

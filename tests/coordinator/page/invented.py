@@ -17,7 +17,7 @@ from coordinator.history import History, remember
 from coordinator.http import coordinator_app, serve_http
 from coordinator.metrics import coordinator_registry
 from coordinator.swarm import Counters, Peer, SwarmState
-from coordinator.view import About, swarm_json
+from coordinator.view import About, Seen, swarm_json
 
 NAMES = ("ada", "grace", "hedy-lab", "katherine", "mary", "radia", "lynn-01", "lynn-02", "barbara", "joan")
 DEVICES = ("NVIDIA H200", "NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 3060", "cpu")
@@ -60,9 +60,8 @@ class Site:
 
     async def _serve(self, ready: threading.Event, stop: threading.Event) -> None:
         feed = Feed(self._newest())
-        app = coordinator_app(lambda: self.state, self.about, coordinator_registry(lambda: self.state, self.about),
-                              history=lambda: self.history, feed=feed, clock=lambda: self.state.time,
-                              archive=lambda: self.archive, leaderboard=lambda: self.leaderboard)
+        app = coordinator_app(self._seen, self.about, coordinator_registry(self._seen, self.about),
+                              history=lambda: self.history, feed=feed, clock=lambda: self.state.time)
         async with serve_http(app, "127.0.0.1", self.port) as self.port:
             ready.set()
             while not stop.is_set():
@@ -73,7 +72,10 @@ class Site:
             feed.close()
 
     def _newest(self) -> dict[str, object]:
-        return swarm_json(self.state, self.about, self.state.time, self.archive, self.leaderboard)
+        return swarm_json(self._seen(), self.about, self.state.time)
+
+    def _seen(self) -> Seen:
+        return Seen(self.state, self.archive, self.leaderboard)
 
 
 def lively(hours: float = 30.0) -> tuple[SwarmState, History]:
