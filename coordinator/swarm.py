@@ -39,7 +39,7 @@ class Counters:
     def grown(self, early: "Counters", late: "Counters") -> "Counters":
         """These, and what was counted from `early` to `late`."""
         samples, averaged, failed, alone, value, absent, message, *seconds = (
-            min(so_far + after - before, MOST) for so_far, before, after
+            min(so_far + (after - before), MOST) for so_far, before, after  # in this order: seconds are rounded
             in zip(self.amounts, early.amounts, late.amounts, strict=True))
         return Counters(samples, Rounds(averaged, failed, alone), RoundSeconds(*seconds),
                         Refusals(value, absent, message))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from averaging.records import ARCHIVING, PEER_STATES, PeerRecord, Refusals, Rounds, RoundSeconds
 from coordinator import swarm
-from coordinator.swarm import SwarmState, observe
+from coordinator.swarm import Counters, SwarmState, observe
 from coordinator.view import About, Seen, view
 from proto.swarm_pb2 import SwarmSnapshot
 
@@ -84,6 +84,12 @@ def test_counters_never_go_down(record: Record, now: float, history: list) -> No
     for before, after in pairwise(states):
         assert all(late >= early for early, late in zip(before.counters.amounts, after.counters.amounts, strict=True))
         assert (after.joins, after.left, after.lost) >= (before.joins, before.left, before.lost)
+
+
+def test_seconds_are_not_rounded_down() -> None:
+    so_far, same = (Counters(seconds=RoundSeconds(seconds, 0.0)) for seconds in (966675195.1, 107066629.0))
+    assert so_far.seconds.averaged + 107066629.0 - 107066629.0 < so_far.seconds.averaged
+    assert so_far.grown(same, same) == so_far
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=20), st.data())
