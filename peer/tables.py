@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich.box import SIMPLE
 from rich.console import Group
+from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -90,18 +91,19 @@ def peers_list(peers: Sequence[PeerStatus], now: float) -> Group:
     """This machine's peers at `now` (Unix seconds), a paragraph each."""
     if not peers:
         return Group(Text("no peers of yours on this machine; `covey join LINK` starts one"))
-    return Group(*(_text(line) for peer in peers for line in _paragraph(peer, now)))
+    return Group(*(part for peer in peers for part in _paragraph(peer, now)))
 
 
-def _paragraph(peer: PeerStatus, now: float) -> list[str]:
+def _paragraph(peer: PeerStatus, now: float) -> list[Text | Padding]:
     step, kept = peer.step, peer.checkpoint
     age = f"of epoch {kept.epoch}, {now - kept.time_seconds:,.0f} s old" if peer.HasField("checkpoint") else "none"
-    return [f"{peer.name}: {peer.state}, {peer.run_id}, pid {peer.daemon_pid}, {peer.worker_restarts} restarts",
-            f"  epoch {step.epoch}, {step.samples_total:,} samples here, {step.samples_per_second:.1f} samples/s, "
-            f"loss {step.loss:.4f}, {step.swarm_peers} peers, group of {peer.group_size}",
-            f"  averaging rounds: {counts(peer.rounds)}; newest checkpoint: {age}",
-            *([f"  {line(peer.contribution, now)}"] if peer.HasField("contribution") else []),
-            f"  {peer.state_dir}", f"  {peer.metrics_url}"]
+    below = [f"epoch {step.epoch}, {step.samples_total:,} samples here, {step.samples_per_second:.1f} samples/s, "
+             f"loss {step.loss:.4f}, {step.swarm_peers} peers, group of {peer.group_size}",
+             f"averaging rounds: {counts(peer.rounds)}; newest checkpoint: {age}",
+             *([line(peer.contribution, now)] if peer.HasField("contribution") else []),
+             peer.state_dir, peer.metrics_url]
+    return [_text(f"{peer.name}: {peer.state}, {peer.run_id}, pid {peer.daemon_pid}, {peer.worker_restarts} restarts"),
+            *(Padding(_text(line), (0, 0, 0, 2), expand=False) for line in below)]
 
 
 def _text(line: str) -> Text:

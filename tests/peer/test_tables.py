@@ -12,8 +12,8 @@ from proto.peer_pb2 import PeerStatus
 from proto.swarm_pb2 import Contribution, Departures, LeaderboardRow, PeerRow, Refusals, RoundCounts, SwarmSnapshot
 
 
-def shown(view: RenderableType) -> str:
-    console = Console(file=io.StringIO(), width=200)
+def shown(view: RenderableType, width: int = 200) -> str:
+    console = Console(file=io.StringIO(), width=width)
     console.print(view)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -57,6 +57,14 @@ def test_a_peers_newest_checkpoint_is_told_with_its_age() -> None:
     assert "newest checkpoint: none" in shown(peers_list([peer], now=1000.0))
     peer.checkpoint.epoch, peer.checkpoint.time_seconds = 40, 880.0
     assert "newest checkpoint: of epoch 40, 120 s old" in shown(peers_list([peer], now=1000.0))
+
+
+def test_what_does_not_fit_a_narrow_terminal_stays_below_its_peer() -> None:
+    peer = PeerStatus(name="ada", state="training", state_dir="/home/ada")
+    head, *below = shown(peers_list([peer], now=0.0), width=60).splitlines()
+    assert head.startswith("ada: training")
+    assert len(below) > 4
+    assert all(line.startswith("  ") for line in below)
 
 
 def test_the_leaderboard_is_rows_by_samples_with_shares_and_flags() -> None:
