@@ -81,23 +81,26 @@ def test_of_each_strategy_the_credits_of_an_epoch_are_the_samples_that_were_aver
         peers: list[Peer], number: int, strategy: str) -> None:
     first, made, averaged = 100 * number, list[Counter[int]](), list[set[int]]()
 
-    def train(peer: Peer, index: int) -> None:
+    def trainer_of(peer: Peer, index: int) -> Trainer:
         def note(end: RoundEnd) -> None:
             if end.outcome == "averaged":
                 averaged[index].add(end.epoch)
+        made.append(Counter())
+        averaged.append(set())
         trainer = Trainer(peer.config.model_copy(update={"strategy": strategy}), peer.swarm, index, on_round=note)
         trainer.strategy.resume(first)
+        return trainer
+
+    def train(trainer: Trainer, index: int) -> None:
         while (epoch := trainer.strategy.epoch) < first + 2:
             trainer.step(2 + index)
             made[index][epoch] += 2 + index
         trainer.strategy.settle()
 
-    for _ in range(3):
-        made.append(Counter())
-        averaged.append(set())
     enter(peers, first)
-    at_once([lambda peer=peer, index=index: train(peer, index)  # type: ignore[misc]
-             for index, peer in enumerate(peers[:3])])
+    trainers = [trainer_of(peer, index) for index, peer in enumerate(peers[:3])]  # nobody begins before all can
+    at_once([lambda trainer=trainer, index=index: train(trainer, index)  # type: ignore[misc]
+             for index, trainer in enumerate(trainers)])
     by_all = {epoch for epoch in set.intersection(*averaged) if epoch >= first}  # gossip mixes once before
     assert by_all, averaged
     for epoch in by_all:
