@@ -9,13 +9,13 @@ from time import time
 from typing import Any
 
 import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from averaging.experiment import canonical, fingerprint, parse
 from averaging.sketch import sketch
 from averaging.strategies.open import open_strategy
 from averaging.transports.memory import MemorySwarm
+from averaging.transports.swarm.state import STATE_HEADER, tensors_in
 from averaging.transports.swarm.wire import Refused
 from training.checkpoint import load_into, newest_checkpoint, read_checkpoint, write_checkpoint
 from training.errors import BadInput
@@ -25,7 +25,6 @@ from training.optimizers.schedule import learning_rate
 from training.precision import INITIAL_STATE
 from training.recipe import from_scratch
 
-HEADER = 1 << 20  # bytes at most of names and shapes in a state that travels
 State = Mapping[str, Tensor]
 
 
@@ -47,14 +46,12 @@ class Held:
             images_per_pass=experiment.data.images_per_pass), epoch=lambda: self._strategy.epoch,
             grad_clip_norm=experiment.optimizer.grad_clip_norm)
         self._strategy.resume(0)
-        self.most_bytes = HEADER + sum(tensor.nbytes for tensor in self._strategy.read_state().values())
+        self.most_bytes = STATE_HEADER + sum(tensor.nbytes for tensor in self._strategy.read_state().values())
 
     def check(self, data: bytes | memoryview, epoch: int) -> tuple[State, bytes]:
         """Tensors and sketch of a downloaded state of `epoch`. Raises Refused unless a peer would take it."""
-        try:
-            state = safetensors.torch.load(bytes(data))
-        except (SafetensorError, KeyError):
-            raise Refused("not a file of tensors") from None
+        if (state := tensors_in(bytes(data))) is None:
+            raise Refused("not a file of tensors")
         with self._lock:
             if refusal := self._strategy.refusal(state):
                 raise Refused(refusal)

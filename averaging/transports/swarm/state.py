@@ -12,8 +12,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import safetensors.torch
 from google.protobuf.message import DecodeError, Message
 from hivemind.p2p import P2P, PeerID
+from safetensors import SafetensorError
+from torch import Tensor
 
 from averaging import roster
 from averaging.authorisation import Authoriser
@@ -21,6 +24,7 @@ from averaging.records import ARCHIVING, PeerRecord
 from averaging.transports.swarm.wire import Refused
 from proto.round_pb2 import StateReply, StateRequest
 
+STATE_HEADER = 1 << 20  # bytes at most of names and shapes in a state that travels
 ALIVE, REPLY = b"\0", b"\1"
 CHUNK = 1 << 18
 MAX_HEADER = 1 << 14  # bytes: a token, mostly
@@ -65,6 +69,14 @@ def _trainers(records: Sequence[PeerRecord], me: str, epoch: int) -> tuple[str, 
     random.shuffle(worth)
     return tuple(record.peer_id for record in sorted(
         worth, key=lambda record: (-record.epoch, record.peer_id not in majority)))
+
+
+def tensors_in(data: bytes) -> dict[str, Tensor] | None:
+    """The tensors in a safetensors file; None where it is none, or has dtypes that PyTorch does not know (KeyError)."""
+    try:
+        return safetensors.torch.load(data)
+    except (SafetensorError, KeyError):
+        return None
 
 
 async def admit(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asker: str, *, authoriser: Authoriser,

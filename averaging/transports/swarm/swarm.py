@@ -26,7 +26,6 @@ import safetensors.torch
 import torch
 from hivemind.utils import get_dht_time
 from hivemind.utils.crypto import RSAPrivateKey
-from safetensors import SafetensorError
 from torch import Tensor
 
 from averaging import roster
@@ -53,13 +52,12 @@ from averaging.transports.swarm.channel import (
     channel,
     floats,
 )
-from averaging.transports.swarm.state import donors
+from averaging.transports.swarm.state import STATE_HEADER, donors, tensors_in
 from averaging.transports.transport import Outcome, Standing
 
 START_SECONDS = 15.0
 LEAVE_SECONDS = 0.5    # that the averager has for taking leave
 SPARE_SECONDS = 5.0    # beyond its own deadlines that the averager may take to answer: longer, and it hangs
-STATE_HEADER = 1 << 20  # bytes at most of names and shapes in a state that travels
 ARCHIVE_REST_SECONDS = 60.0  # that an archive is left alone which gave nothing: training goes on meanwhile
 SPARE_MEMORIES = 4     # kept for the next meetings, of all sizes together
 SMOOTHING = 0.3        # share of the newest micro-batch in the mean duration
@@ -294,7 +292,7 @@ class Swarm:
                 if not fetched.length:
                     log.warning("no state was downloaded: %s", fetched.problem)
                     return None
-                if (state := _state_in(view[:fetched.length])) is not None and _outline(state) == self._outline:
+                if (state := tensors_in(view[:fetched.length])) is not None and _outline(state) == self._outline:
                     return fetched.epoch, state
                 log.warning("what %s sent is no state of this experiment", fetched.donor)
                 asked = asked[asked.index(fetched.donor) + 1:]
@@ -431,14 +429,6 @@ def _consistent(read: Callable[[], Mapping[str, Tensor]], epoch: Callable[[], in
         before, state = epoch(), read()
         if epoch() == before:
             return before, state
-
-
-def _state_in(data: bytes) -> dict[str, Tensor] | None:
-    """The tensors in a safetensors file; None where it is none, or has dtypes that PyTorch does not know (KeyError)."""
-    try:
-        return safetensors.torch.load(data)
-    except (SafetensorError, KeyError):
-        return None
 
 
 def _outline(state: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
